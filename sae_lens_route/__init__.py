@@ -1,0 +1,23 @@
+"""RouteSAE for SAELens: sparse autoencoders that read every layer through one router.
+
+Importing this package registers its architectures with SAELens, so that `SAE.load_from_disk` and
+`SAE.from_pretrained` know them.
+"""
+
+from sae_lens_route.router import Routing
+from sae_lens_route.saes import (
+    RouteTopKSAE,
+    RouteTopKSAEConfig,
+    RouteTopKTrainingSAE,
+    RouteTopKTrainingSAEConfig,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RouteTopKSAE",
+    "RouteTopKSAEConfig",
+    "RouteTopKTrainingSAE",
+    "RouteTopKTrainingSAEConfig",
+    "Routing",
+]

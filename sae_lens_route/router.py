@@ -1,0 +1,139 @@
+"""The router: for every token, which block's residual stream goes into the SAE (paper 3.1).
+
+1. Normalise each block's activation over `d`:          n(x_i) = (x_i - mean) / (std + 1e-6)
+2. Pool over blocks:                                     v = sum_i n(x_i)                  (Eq. 5)
+3. Weigh the blocks:                                     p = softmax(v @ W_router)         (Eq. 6-7)
+4. Route:   hard     x_route = p_i* n(x_i*), i* = argmax p                                 (Eq. 8-9)
+            soft     x_route = sum_i p_i n(x_i)                                            (Eq. 14)
+            uniform  x_route = n(x_i*), i* drawn uniformly (the paper's Random baseline)
+
+Only the mean and the scale of each block are computed in full; the normalised `[..., L, d]` tensor
+is never made: sums and selections of `n(x_i)` are taken from `x` directly.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from einops import einsum
+from jaxtyping import Float, Int
+from torch import Tensor
+
+RoutingMode = Literal["hard", "soft", "uniform"]
+Aggregation = Literal["sum", "mean", "attention"]
+
+NORM_EPS = 1e-6
+
+
+class Routing(NamedTuple):
+    """What the router decided for each token, and the activation it made."""
+
+    probs: Float[Tensor, "... L"]
+    """Route probabilities p (Eq. 7); 1/L each under uniform routing."""
+    layer: Int[Tensor, "..."]
+    """Index of the routed layer i*, into the routed layers; the most probable one under soft."""
+    weight: Float[Tensor, "..."]
+    """What multiplies the routed layer's n(x): p of that layer, or 1 under uniform routing."""
+    x_route: Float[Tensor, "... d"]
+    """The routed activation, in normalised units: the SAE's input (Eq. 9, 14)."""
+    mean: Float[Tensor, "... L"]
+    """Mean over d of every layer's activation."""
+    scale: Float[Tensor, "... L"]
+    """Unbiased standard deviation over d of every layer's activation, plus 1e-6."""
+
+
+def normalization_stats(
+    x: Float[Tensor, "... d"],
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    """Mean and scale with `n(x) = (x - mean) / scale`; scale is the unbiased std + 1e-6."""
+    variance, mean = torch.var_mean(x, dim=-1)
+    return mean, variance.sqrt() + NORM_EPS
+
+
+def normalize(x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+    """Each vector with its mean taken off, divided by its unbiased std + 1e-6."""
+    mean, scale = normalization_stats(x)
+    return (x - mean.unsqueeze(-1)) / scale.unsqueeze(-1)
+
+
+def pick_layer(x: Float[Tensor, "... L d"], layer: Int[Tensor, "..."]) -> Float[Tensor, "... d"]:
+    """The activation of one layer per token."""
+    index = layer[..., None, None].expand(*layer.shape, 1, x.shape[-1])
+    return x.gather(-2, index).squeeze(-2)
+
+
+def _weighted_sum(
+    x: Float[Tensor, "... L d"],
+    weights: Float[Tensor, "... L"],
+    mean: Float[Tensor, "... L"],
+    scale: Float[Tensor, "... L"],
+) -> Float[Tensor, "... d"]:
+    """`sum_i weights_i n(x_i)` without making n(x)."""
+    per_layer = weights / scale
+    return einsum(x, per_layer, "... L d, ... L -> ... d") - (per_layer * mean).sum(
+        -1, keepdim=True
+    )
+
+
+def route_probs(
+    x: Float[Tensor, "... L d"],
+    mean: Float[Tensor, "... L"],
+    scale: Float[Tensor, "... L"],
+    W_router: Float[Tensor, "d L"],
+    aggregation: Aggregation,
+    q_router: Float[Tensor, " d"] | None = None,
+) -> Float[Tensor, "... L"]:
+    """Route probabilities p (Eq. 5-7).
+
+    `attention` (the paper's Table 2 names it and its code has none, so this one is ours and cannot
+    be checked against theirs) pools with weights softmax_i(n(x_i) . q / sqrt(d)), times L so that
+    its logits have the size of the sum's; q = 0 gives exactly the sum.
+    """
+    n_layers = x.shape[-2]
+    if aggregation == "attention":
+        if q_router is None:
+            raise ValueError("aggregation='attention' needs the query q_router [d]")
+        # mean and scale are per layer, so the query meets the raw activation: q.n = (q.x - m sum q)/s
+        dots = (x @ q_router - mean * q_router.sum()) / scale
+        pooling = torch.softmax(dots / x.shape[-1] ** 0.5, dim=-1) * n_layers
+    else:
+        pooling = torch.full_like(mean, 1.0 if aggregation == "sum" else 1.0 / n_layers)
+    return torch.softmax(_weighted_sum(x, pooling, mean, scale) @ W_router, dim=-1)
+
+
+def route(
+    x: Float[Tensor, "... L d"],
+    W_router: Float[Tensor, "d L"],
+    *,
+    routing: RoutingMode = "hard",
+    aggregation: Aggregation = "sum",
+    q_router: Float[Tensor, " d"] | None = None,
+    generator: torch.Generator | None = None,
+) -> Routing:
+    """Route every token (see the module's numbered steps).
+
+    Args:
+        x: Residual streams after the L routed blocks, in order.
+        W_router: Router weights, no bias.
+        routing: hard, soft or uniform.
+        aggregation: how the layers are pooled before the router reads them.
+        q_router: the attention query, read only when aggregation is "attention".
+        generator: source of the uniform draw, on the device of `x`.
+    """
+    mean, scale = normalization_stats(x)
+    if routing == "uniform":
+        n_layers = x.shape[-2]
+        layer = torch.randint(n_layers, mean.shape[:-1], generator=generator, device=x.device)
+        probs = torch.full_like(mean, 1.0 / n_layers)
+        weight = torch.ones_like(mean[..., 0])
+    else:
+        probs = route_probs(x, mean, scale, W_router, aggregation, q_router)
+        weight, layer = probs.max(dim=-1)
+        if routing == "soft":
+            x_route = _weighted_sum(x, probs, mean, scale)
+            return Routing(probs, layer, weight, x_route, mean, scale)
+    at_layer = layer.unsqueeze(-1)
+    chosen_mean, chosen_scale = mean.gather(-1, at_layer), scale.gather(-1, at_layer)
+    x_route = (pick_layer(x, layer) - chosen_mean) * (weight.unsqueeze(-1) / chosen_scale)
+    return Routing(probs, layer, weight, x_route, mean, scale)
