@@ -56,9 +56,7 @@ def normalized_mse(
     return (preds - target).pow(2) / target.pow(2).sum(dim=-1, keepdim=True)
 
 
-def _mse(
-    preds: Float[Tensor, "... d"], target: Float[Tensor, "... d"]
-) -> Float[Tensor, "... d"]:
+def _mse(preds: Float[Tensor, "... d"], target: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
     return (preds - target).pow(2)
 
 
@@ -166,7 +164,9 @@ class RoutedSAE(_Base):
 
     def __getstate__(self) -> dict[str, Any]:
         # a generator can be neither copied nor pickled; a copy draws from the seed again
-        return {name: value for name, value in super().__getstate__().items() if name != "_generator"}  # type: ignore[misc]
+        return {
+            name: value for name, value in super().__getstate__().items() if name != "_generator"
+        }  # type: ignore[misc]
 
     @override
     @torch.no_grad()
@@ -320,6 +320,4 @@ def _register(
     register_sae_training_class(architecture, training_sae, training_config)
 
 
-_register(
-    RouteTopKSAE, RouteTopKSAEConfig, RouteTopKTrainingSAE, RouteTopKTrainingSAEConfig
-)
+_register(RouteTopKSAE, RouteTopKSAEConfig, RouteTopKTrainingSAE, RouteTopKTrainingSAEConfig)

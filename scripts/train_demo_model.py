@@ -111,7 +111,9 @@ def ngram_bits_per_byte(train: bytes, heldout: bytes, order: int = 5) -> float:
     def keys(data: np.ndarray, length: int) -> np.ndarray:
         out = np.zeros(len(data), np.int64)
         for back in range(length, -1, -1):
-            out = out * 257 + np.concatenate([np.zeros(back, np.int64), data[: len(data) - back] + 1])
+            out = out * 257 + np.concatenate(
+                [np.zeros(back, np.int64), data[: len(data) - back] + 1]
+            )
         return out
 
     def lookup(table: np.ndarray, counts: np.ndarray, query: np.ndarray) -> np.ndarray:
@@ -147,7 +149,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and log")
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--batch-size", type=int, default=16, help="windows of 256 tokens per step")
-    parser.add_argument("--lr", type=float, default=0.02, help="Muon's; AdamW runs at a fifth of it")
+    parser.add_argument(
+        "--lr", type=float, default=0.02, help="Muon's; AdamW runs at a fifth of it"
+    )
     parser.add_argument("--export-only", action="store_true", help="write the last checkpoint")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -167,7 +171,9 @@ def main() -> None:
     train_docs = encode(tokenizer, library) * LIBRARY_COPIES + encode(tokenizer, extra)
     heldout_docs = encode(tokenizer, heldout)
     heldout_bytes = sum(len(text.encode()) for text in heldout)
-    print(f"{sum(map(len, train_docs)):,} training tokens an epoch, {heldout_bytes:,} held-out bytes")
+    print(
+        f"{sum(map(len, train_docs)):,} training tokens an epoch, {heldout_bytes:,} held-out bytes"
+    )
 
     config = LlamaConfig(
         vocab_size=VOCABULARY,

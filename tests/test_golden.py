@@ -134,7 +134,9 @@ def test_optimizer_steps_with_decoder_norm(seed, run, monkeypatch):
             trainer.optimizer.param_groups[0]["lr"] = plan["lr"]
         trainer.n_training_steps += 1
         losses.append(output.loss.item())
-        counts += torch.tensor([output.metrics[f"route_share/{i}"]() for i in range(9)]) * len(batch)
+        counts += torch.tensor([output.metrics[f"route_share/{i}"]() for i in range(9)]) * len(
+            batch
+        )
     sae.normalize_decoder()
     close(torch.tensor(losses), plan["losses"], 1e-4)
     close(counts, plan["layer_counts"], 1e-4)

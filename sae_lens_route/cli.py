@@ -1,0 +1,282 @@
+"""The command `sae-lens-route`.
+
+Every mistake a user can make ends in one line on standard error and exit code 2, before any long
+work where it can be known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+import yaml
+from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
+
+app = typer.Typer(
+    help="Train, evaluate and understand RouteSAEs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        typer.echo("stopped", err=True)
+        raise typer.Exit(130) from error
+
+
+# --- train -------------------------------------------------------------------------------------
+
+_FILLED_IN = {"sae", "logger", "hook_name", "hook_eval", "sae_lens_version"}
+_FILLED_IN |= {"sae_lens_training_version", "metadata", "n_routed_layers"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Option:
+    """One configuration field as a command-line option and a key of the configuration file."""
+
+    field: str
+    owner: str
+    """Which part of the configuration it belongs to: "runner", "sae" or "logger"."""
+    type_name: str
+    default: Any
+    help: str
+
+
+def _documented_arguments(cls: type) -> dict[str, str]:
+    """Field texts from the `Args:` sections of a dataclass and its bases, the nearest first."""
+    texts: dict[str, str] = {}
+    for base in cls.__mro__:
+        doc = inspect.cleandoc(base.__doc__ or "")
+        _, _, section = doc.partition("Args:\n")
+        for match in re.finditer(
+            r"^ {4}(\w+)(?: \([^\n]*?\))?: (.*?)(?=^ {4}\w|\Z)", section, re.S | re.M
+        ):
+            texts.setdefault(match[1], " ".join(match[2].split()))
+    return texts
+
+
+def _options() -> dict[str, _Option]:
+    from sae_lens_route.runner import RouteSAERunnerConfig
+    from sae_lens_route.saes import RouteTopKTrainingSAEConfig
+
+    options: dict[str, _Option] = {}
+    parts: list[tuple[str, type]] = [
+        ("runner", RouteSAERunnerConfig),
+        ("sae", RouteTopKTrainingSAEConfig),
+        ("logger", LoggingConfig),
+    ]
+    for owner, cls in parts:
+        texts = _documented_arguments(cls)
+        for field in dataclasses.fields(cls):
+            if field.name in _FILLED_IN or field.name in options:
+                continue  # device and dtype belong to both and are the runner's
+            default = None if field.default is dataclasses.MISSING else field.default
+            type_name = re.sub(r"typing\.|\s*\| None", "", str(field.type))
+            options[field.name] = _Option(
+                field.name, owner, type_name, default, texts.get(field.name, "")
+            )
+    return options
+
+
+def _train_signature(function: Callable[..., None]) -> Callable[..., None]:
+    """Give `function(**values)` one option per configuration field."""
+    parameters = []
+    for name, option in _options().items():
+        text = option.help
+        if option.default is not None:
+            text = f"{text} [default: {option.default}]"
+        annotation = Annotated[
+            str | None,
+            typer.Option(
+                f"--{name.replace('_', '-')}",
+                metavar=option.type_name.upper()[:24],
+                help=text.strip(),
+                show_default=False,
+                rich_help_panel={"runner": "Run", "sae": "RouteSAE", "logger": "W&B"}[option.owner],
+            ),
+        ]
+        parameters.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+            )
+        )
+    own = [p for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD]
+    hints = get_type_hints(function, include_extras=True)
+    own = [p.replace(annotation=hints[p.name]) for p in own]
+    function.__signature__ = inspect.Signature([*own, *parameters])  # type: ignore[attr-defined]
+    function.__annotations__ = {p.name: p.annotation for p in [*own, *parameters]}
+    return function
+
+
+def _parse(option: _Option, text: str) -> Any:
+    """A value as YAML reads it, so that lists, numbers, booleans and null are written plainly."""
+    if option.type_name == "str":
+        return None if text in ("null", "none", "None") else text
+    if option.field == "routed_layers" and (span := re.fullmatch(r"(\d+)-(\d+)", text)):
+        return list(range(int(span[1]), int(span[2]) + 1))
+    value = yaml.safe_load(text)
+    if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+e[-+]?\d+", text):
+        value = float(text)  # YAML 1.1 reads 5e-4 as text
+    return value
+
+
+def _checked(option: _Option, value: Any) -> Any:
+    """The value as the field's type, or a ValueError that names field and value."""
+    wanted = option.type_name
+    simple = {"int": int, "float": float, "bool": bool, "str": str}
+    kind = simple.get(wanted)
+    if value is None or kind is None:
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{option.field}={value!r}: must be {wanted}")
+    return value
+
+
+def runner_config(values: dict[str, Any]) -> Any:
+    """A `RouteSAERunnerConfig` from flat field values; what is not given has its default.
+
+    `d_in` and `d_sae` may be left out: they are then the model's width and eight times that.
+
+    Raises:
+        ValueError: an unknown field, or a value its field does not take.
+    """
+    from sae_lens_route.runner import RouteSAERunnerConfig
+    from sae_lens_route.saes import RouteTopKTrainingSAEConfig
+
+    options = _options()
+    if unknown := [name for name in values if name not in options]:
+        raise ValueError(f"unknown field {unknown[0]!r}: `sae-lens-route train --help` lists them")
+    parts: dict[str, dict[str, Any]] = {"runner": {}, "sae": {}, "logger": {"log_to_wandb": False}}
+    for name, value in values.items():
+        parts[options[name].owner][name] = _checked(options[name], value)
+    for shared in ("device", "dtype"):
+        if shared in parts["runner"]:
+            parts["sae"][shared] = parts["runner"][shared]
+    if "d_in" not in parts["sae"]:
+        from sae_lens_route.models import model_width
+
+        name = parts["runner"].get("model_name", RouteSAERunnerConfig.model_name)
+        parts["sae"]["d_in"] = model_width(name)
+    parts["sae"].setdefault("d_sae", 8 * parts["sae"]["d_in"])
+    return RouteSAERunnerConfig(
+        sae=RouteTopKTrainingSAEConfig(**parts["sae"]),
+        logger=LoggingConfig(**parts["logger"]),
+        **parts["runner"],
+    )
+
+
+def _read_config_file(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    if not path.exists():
+        raise ValueError(f"--config={str(path)!r}: no such file")
+    content = yaml.safe_load(path.read_text())  # JSON is YAML
+    if not isinstance(content, dict):
+        raise ValueError(f"--config={str(path)!r}: must hold fields and values")
+    options = _options()
+    return {
+        name: _parse(options[name], value) if isinstance(value, str) and name in options else value
+        for name, value in content.items()
+    }
+
+
+@app.command()
+@_train_signature
+def train(
+    config: Annotated[
+        Path | None, typer.Option(help="YAML or JSON file with fields; options go before it.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved run, its memory and steps; stop.")
+    ] = False,
+    **values: str | None,
+) -> None:
+    """Train a RouteSAE on a language model's activations."""
+    with _one_line_errors():
+        options = _options()
+        given = {name: _parse(options[name], text) for name, text in values.items() if text}
+        cfg = runner_config({**_read_config_file(config), **given})
+        from sae_lens_route.runner import RouteSAETrainingRunner
+
+        runner = RouteSAETrainingRunner(cfg)
+        if dry_run:
+            _print_plan(cfg)
+            return
+        runner.run()
+        typer.echo(f"wrote {cfg.output_path}")
+
+
+def _print_plan(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    typer.echo(yaml.safe_dump(cfg.to_dict(), sort_keys=False))
+    typer.echo(
+        f"steps: {cfg.total_training_steps:,} of {cfg.train_batch_size_tokens:,} tokens "
+        f"({cfg.lr_warm_up_steps:,} warm-up, {cfg.lr_decay_steps:,} decay)"
+    )
+    memory = cfg.memory_estimate()  # type: ignore[attr-defined]
+    typer.echo("memory beside the language model:")
+    for name, n_bytes in memory.items():
+        typer.echo(f"  {name:15} {n_bytes / 1e9:8.3f} GB")
+    typer.echo(f"  {'total':15} {sum(memory.values()) / 1e9:8.3f} GB on {cfg.device}")
+
+
+# --- demo and info -----------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="A new folder.")] = Path("demo-output"),
+    training_tokens: Annotated[int, typer.Option(min=10_000)] = 1_000_000,
+    eval_tokens: Annotated[int, typer.Option(min=1_000)] = 50_000,
+    seed: Annotated[int, typer.Option(help="Seed of the SAE's weights.")] = 42,
+) -> None:
+    """Train and evaluate a RouteSAE of the embedded language model, with no download."""
+    with _one_line_errors():
+        from sae_lens_route.demo import run_demo
+
+        report = run_demo(
+            output, training_tokens=training_tokens, eval_tokens=eval_tokens, seed=seed
+        )
+        shares = "  ".join(f"{b}:{s:.0%}" for b, s in report["share_per_block"].items())
+        typer.echo(
+            f"held-out NormMSE {report['norm_mse']:.4f}, L0 {report['l0']:.1f}, dead features "
+            f"{report['dead_features']}, {report['tokens_per_second']:,.0f} tokens/s\n"
+            f"share per block  {shares}"
+        )
+        for name in ["sae/", "report.json", *report["figures"]]:
+            typer.echo(f"wrote {output / name}")
+
+
+@app.command()
+def info(path: Annotated[Path, typer.Argument(help="A folder with a saved SAE.")]) -> None:
+    """What a saved SAE is and what it was trained on, as JSON."""
+    with _one_line_errors():
+        config_file = path / "cfg.json"
+        if not config_file.exists():
+            raise ValueError(f"PATH={str(path)!r}: no cfg.json there, so no saved SAE")
+        from safetensors import safe_open
+
+        content = json.loads(config_file.read_text())
+        with safe_open(path / "sae_weights.safetensors", framework="pt") as weights:
+            shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+        json.dump({"cfg": content, "weights": shapes}, sys.stdout, indent=1)
+        typer.echo()
