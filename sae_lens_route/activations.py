@@ -15,7 +15,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import psutil
 import torch
@@ -63,7 +63,7 @@ def load_text_dataset(path: str, *, streaming: bool = True) -> Dataset | Iterabl
     if path.startswith((".", "~", os.sep)) or path.count("/") > 1:
         raise ValueError(f"dataset_path={path!r}: no such file or folder")
     try:
-        return load_dataset(path, split="train", streaming=streaming)  # type: ignore[return-value]
+        return _load_dataset(path, streaming=streaming)
     except (OSError, ValueError) as error:  # unknown, gated, or no network
         raise ValueError(
             f"dataset_path={path!r}: neither a local file or folder nor a dataset the Hub gives "
@@ -73,7 +73,7 @@ def load_text_dataset(path: str, *, streaming: bool = True) -> Dataset | Iterabl
 
 def _load_local(path: Path, streaming: bool) -> Dataset | IterableDataset:
     if path.is_dir() and (path / "dataset_info.json").exists():
-        return load_from_disk(str(path))  # type: ignore[return-value]
+        return cast(Dataset, load_from_disk(str(path)))
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     found = {p.suffix.lower() for p in files} & _BUILDER_OF_SUFFIX.keys()
     builders = {_BUILDER_OF_SUFFIX[suffix] for suffix in found}
@@ -85,9 +85,11 @@ def _load_local(path: Path, streaming: bool) -> Dataset | IterableDataset:
     builder = builders.pop()
     chosen = [str(p) for p in files if _BUILDER_OF_SUFFIX.get(p.suffix.lower()) == builder]
     whole_files = {"sample_by": "document"} if builder == "text" else {}
-    return load_dataset(  # type: ignore[return-value]
-        builder, data_files=chosen, split="train", streaming=streaming, **whole_files
-    )
+    return _load_dataset(builder, data_files=chosen, streaming=streaming, **whole_files)
+
+
+def _load_dataset(path: str, **options: Any) -> Dataset | IterableDataset:
+    return cast(Dataset | IterableDataset, load_dataset(path, split="train", **options))
 
 
 class _Pass(NamedTuple):
@@ -127,7 +129,9 @@ class RoutedActivationsStore(ActivationsStore):
         Raises:
             ValueError: the dataset is missing, empty, or too short for one training step.
         """
-        dataset = override_dataset or load_text_dataset(cfg.dataset_path, streaming=cfg.streaming)
+        dataset = override_dataset
+        if dataset is None:
+            dataset = load_text_dataset(cfg.dataset_path, streaming=cfg.streaming)
         if next(iter(dataset), None) is None:
             raise ValueError(f"dataset_path={cfg.dataset_path!r}: the dataset is empty")
         with warnings.catch_warnings():
@@ -354,8 +358,8 @@ class RoutedActivationsStore(ActivationsStore):
     @override
     def load_from_checkpoint(self, checkpoint_path: str | Path) -> None:
         """Continue where `save_to_checkpoint` stopped: skips the text, runs one pass again."""
-        from safetensors.torch import load_file
         from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
+        from safetensors.torch import load_file
 
         state = load_file(Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME)
         target = int(state["n_sequences"])

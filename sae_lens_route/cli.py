@@ -160,6 +160,7 @@ def runner_config(values: dict[str, Any]) -> Any:
     Raises:
         ValueError: an unknown field, or a value its field does not take.
     """
+    from sae_lens_route.models import model_width
     from sae_lens_route.runner import RouteSAERunnerConfig
     from sae_lens_route.saes import RouteTopKTrainingSAEConfig
 
@@ -173,8 +174,6 @@ def runner_config(values: dict[str, Any]) -> Any:
         if shared in parts["runner"]:
             parts["sae"][shared] = parts["runner"][shared]
     if "d_in" not in parts["sae"]:
-        from sae_lens_route.models import model_width
-
         name = parts["runner"].get("model_name", RouteSAERunnerConfig.model_name)
         parts["sae"]["d_in"] = model_width(name)
     parts["sae"].setdefault("d_sae", 8 * parts["sae"]["d_in"])

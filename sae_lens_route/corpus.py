@@ -1,8 +1,8 @@
 """The demo corpus: text that every Python user already has.
 
 Source and docstrings of the standard library, the help pages of its C modules and the language
-reference (`pydoc_data.topics`), split *by module*: every file of a module, its tests included, falls
-on the same side, so held-out text is never a near copy of training text.
+reference (`pydoc_data.topics`), split *by module*: every file of a module, its tests included,
+falls on the same side, so held-out text is never a near copy of training text.
 """
 
 from __future__ import annotations
@@ -66,10 +66,11 @@ def _source_files(tests: bool) -> Iterator[tuple[str, str]]:
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
         in_tests = bool(_TEST_FOLDERS.intersection(parts[:-1]))
-        generated = parts[0].startswith(("_sysconfigdata", "config-"))
+        generated = path.name.startswith(("_sysconfigdata", "config-"))
         if _SKIPPED_FOLDERS.intersection(parts) or generated or (in_tests and not tests):
             continue
-        module = parts[1] if parts[0] == "test" and len(parts) > 1 else parts[0]
+        top, *below = parts
+        module = below[0] if top == "test" and below else top
         try:
             with tokenize.open(path) as file:
                 yield module.removesuffix(".py"), file.read()

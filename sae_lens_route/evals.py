@@ -75,7 +75,7 @@ class _Sums:
         self.best_error = torch.zeros((), **like)
 
 
-def token_error(x: Float[Tensor, "... d"], x_hat: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
+def token_error(x: Float[Tensor, "... d"], x_hat: Float[Tensor, "... d"]) -> Float[Tensor, ...]:
     """NormMSE of each token: squared error over the target's squared norm."""
     return (x - x_hat).pow(2).sum(-1) / x.pow(2).sum(-1)
 

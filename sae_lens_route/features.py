@@ -11,9 +11,9 @@ The result depends neither on the batch size nor on how the stream is cut: candi
 order, activation first, then (for equal activations) the earlier in the stream.
 
 **Memory.** A feature keeps at most `max_contexts_per_feature` (N) of its contexts, the strongest.
-The table therefore holds at most `d_sae * N` rows of `4 * max_length + 38` bytes (the tokens of the
-sentence and 38 bytes beside them), and three times that for a moment while it merges. Candidates
-wait for a merge in rows of 38 bytes, at most 2^17 or half the table's rows, whichever is larger,
+The table therefore holds at most `d_sae * N` rows of `4 * max_length + 42` bytes (the tokens of the
+sentence and 42 bytes beside them), and three times that for a moment while it merges. Candidates
+wait for a merge in rows of 42 bytes, at most 2^17 or half the table's rows, whichever is larger,
 and one batch. Nothing else grows with the stream.
 
 **Several thresholds** (the paper's Figure 5) cost one pass: the 2 strongest above a higher
@@ -47,6 +47,7 @@ THRESHOLD_SHARE = 0.331
 
 REFERENCE_MAX_CLASSES = 32
 REFERENCE_SENTENCE_ENDS = (".", "!", "?", '"', "<|end_of_text|>")
+REFERENCE_BLANKS = ("<|end_of_text|>", " ", "")
 
 OPEN, CLOSE = "<ACTIVATED>", "</ACTIVATED>"
 
@@ -60,17 +61,21 @@ _MIN_PENDING = 2**17
 # feature activations encoded at once, so that a large batch and a wide SAE fit in memory
 _ENCODE_ELEMENTS = 2**26
 
-_ROW = np.dtype(
+# a candidate, and what of it stays beside its window once it is in the table
+_PLACE = [
+    ("weight", np.float32),
+    ("sequence", np.int64),
+    ("position", np.int32),
+    ("length", np.int16),  # of the window
+    ("before", np.int16),  # tokens of the window before the activated one
+    ("layer", np.int16),
+]
+_CANDIDATE = np.dtype(
     [
         ("pair", np.int64),  # feature * n_classes + class
         ("activation", np.float32),
-        ("weight", np.float32),
-        ("sequence", np.int64),
-        ("start", np.int64),  # of the window, in the pending tokens; read until the next merge
-        ("position", np.int32),
-        ("length", np.int16),  # of the window
-        ("before", np.int16),  # tokens of the window before the activated one
-        ("layer", np.int16),
+        ("start", np.int64),  # of the window, in the pending tokens
+        *_PLACE,
     ]
 )
 
@@ -113,7 +118,7 @@ class ContextOptions:
     max_length: int = 64
     min_contexts: int = 4
     max_classes: int | None = None
-    max_contexts_per_feature: int = 256
+    max_contexts_per_feature: int = 128
     sentences: Literal["decoded", "raw_tokens"] = "decoded"
     mask_special_tokens: bool = True
 
@@ -145,7 +150,7 @@ class ContextOptions:
             max_length=max_length,
             min_contexts=lines + 1,
             max_classes=REFERENCE_MAX_CLASSES,
-            max_contexts_per_feature=max(256, max_per_token * REFERENCE_MAX_CLASSES + 1, lines + 1),
+            max_contexts_per_feature=max(128, max_per_token * REFERENCE_MAX_CLASSES + 1, lines + 1),
             sentences="raw_tokens",
             mask_special_tokens=False,
         )
@@ -459,9 +464,14 @@ class ContextCollector:
         self._max_activation = np.zeros(d_sae, dtype=np.float32)
         # what a candidate must exceed: the lowest threshold, or more once a feature has N rows
         self._floor = np.full(d_sae, min(self._thresholds), dtype=np.float32)
-        self._rows = np.empty(0, dtype=_ROW)
-        self._rows_pair = self._rows["pair"]  # contiguous, to be searched
-        self._windows = np.empty((0, self._sentences.width), dtype=np.int32)
+        # the table, ordered by pair, then falling activation, and where the rest of a row is stored
+        self._pair = np.empty(0, dtype=np.int64)
+        self._activation = np.empty(0, dtype=np.float32)
+        self._slot = np.empty(0, dtype=np.int64)
+        self._store = np.empty(
+            0, dtype=np.dtype([*_PLACE, ("window", np.int32, (self._sentences.width,))])
+        )
+        self._free = np.empty(0, dtype=np.int64)
         self._pending = _Pending()
 
     @property
@@ -478,7 +488,7 @@ class ContextCollector:
     @property
     def n_rows(self) -> int:
         """Rows the table holds now, and candidates waiting to be merged."""
-        return len(self._rows) + self._pending.n_rows
+        return len(self._pair) + self._pending.n_rows
 
     def add(
         self,
@@ -529,7 +539,7 @@ class ContextCollector:
         token, pair, activation = token[keep], pair[keep], activation[keep]
 
         start, length, before = self._sentences.windows(ids)
-        rows = np.empty(len(token), dtype=_ROW)
+        rows = np.empty(len(token), dtype=_CANDIDATE)
         rows["pair"], rows["activation"] = pair, activation
         rows["weight"] = weight.float().cpu().numpy().ravel()[token]
         rows["layer"] = layers[token]
@@ -537,88 +547,142 @@ class ContextCollector:
         rows["sequence"] += first_sequence
         rows["start"], rows["length"], rows["before"] = start[token], length[token], before[token]
         self._pending.append(rows, ids)
-        if self._pending.n_rows >= max(_MIN_PENDING, len(self._rows) // 2):
+        if self._pending.n_rows >= max(_MIN_PENDING, len(self._pair) // 2):
             self._merge()
 
     def _could_enter(
         self, pair: Int[np.ndarray, " n"], activation: Float32[np.ndarray, " n"]
     ) -> Bool[np.ndarray, " n"]:
         """False for candidates whose class already has as many contexts, all at least as strong."""
-        if not len(self._rows):
+        if not len(self._pair):
             return np.ones(len(pair), dtype=bool)
-        table = self._rows_pair
-        last = np.searchsorted(table, pair) + self.options.max_per_class - 1
-        full = last < len(table)
+        # sorting the keys first makes the search five times faster: neighbours share cache lines
+        order = np.argsort(pair)
+        last = np.empty_like(order)
+        last[order] = np.searchsorted(self._pair, pair[order]) + self.options.max_per_class - 1
+        full = last < len(self._pair)
         last[~full] = 0
-        full &= table[last] == pair
-        weakest = self._rows["activation"][last]
+        full &= self._pair[last] == pair
+        weakest = self._activation[last]
         # an equal activation comes later, so it loses, unless texts decide
         loses = activation < weakest if self._sentences.ties_by_text else activation <= weakest
         return ~(full & loses)
 
     def _merge(self) -> None:
-        """Pending candidates into the table, which is ordered by pair, then falling activation."""
-        options, n_old = self.options, len(self._rows)
-        rows, tokens = np.concatenate([self._rows, *self._pending.rows]), self._pending_windows()
+        """Pending candidates into the table."""
+        k, n_old = self.options.max_per_class, len(self._pair)
+        candidates, windows = self._pending.take(self._sentences.width)
         self._pending = _Pending()
-        # the sort is stable and rows stand in the order of the stream: the earlier wins a tie
-        order = np.lexsort((-rows["activation"], rows["pair"]))
+        # this sort is stable and candidates stand in the order of the stream, behind the table's
+        # rows: of equal activations the earlier stays in front
+        order = np.lexsort((-candidates["activation"], candidates["pair"]))
+        new_pair, new_activation = candidates["pair"][order], candidates["activation"][order]
+        at = first = np.searchsorted(self._pair, new_pair)
+        for i in range(min(k, n_old)):  # behind the rows of the same pair that are as strong
+            row = np.minimum(first + i, n_old - 1)
+            stronger = (self._pair[row] == new_pair) & (self._activation[row] >= new_activation)
+            at = at + (stronger & (first + i < n_old))
+        pair = np.insert(self._pair, at, new_pair)
+        activation = np.insert(self._activation, at, new_activation)
+        source = np.insert(np.arange(n_old), at, n_old + order)
         if self._sentences.ties_by_text:
-            self._order_ties_by_text(rows, order, tokens)
-        order = order[_rank_in_group(rows["pair"][order]) < options.max_per_class]
+            self._order_ties_by_text(pair, activation, source, candidates, windows)
 
-        feature = rows["pair"][order] // len(self._vocabulary.classes)
-        overfull = np.bincount(feature, minlength=self.d_sae) > options.max_contexts_per_feature
-        if overfull.any():
-            at = np.flatnonzero(overfull[feature])
-            at = at[np.lexsort((-rows["activation"][order[at]], feature[at]))]
-            rank = _rank_in_group(feature[at])
-            weakest = at[rank == options.max_contexts_per_feature - 1]
-            self._floor[feature[weakest]] = rows["activation"][order[weakest]]
-            order = np.delete(order, at[rank >= options.max_contexts_per_feature])
+        keep = np.flatnonzero(_rank_in_group(pair) < k)
+        keep = keep[self._within_cap(pair[keep], activation[keep])]
+        self._pair, self._activation, source = pair[keep], activation[keep], source[keep]
 
-        windows = np.empty((len(order), self._sentences.width), dtype=np.int32)
-        old = order < n_old
-        windows[old] = self._windows[order[old]]
-        windows[~old] = tokens[rows["start"][order[~old]]]
-        self._rows, self._windows = rows[order], windows
-        self._rows_pair = np.ascontiguousarray(self._rows["pair"])
+        old = source < n_old
+        stays = np.zeros(n_old, dtype=bool)
+        stays[source[old]] = True
+        slot = np.empty(len(source), dtype=np.int64)
+        slot[old] = self._slot[source[old]]
+        slot[~old] = new = self._take_slots(int((~old).sum()), self._slot[~stays])
+        self._slot = slot
+        entered = candidates[source[~old] - n_old]
+        for name, _ in _PLACE:
+            self._store[name][new] = entered[name]
+        self._store["window"][new] = windows[entered["start"]]
 
-    def _pending_windows(self) -> Int[np.ndarray, "m width"]:
-        """A view of the pending tokens whose row i is the window that starts at token i."""
-        width = self._sentences.width
-        beyond = np.zeros(width, dtype=np.int32)
-        tokens = np.concatenate([*self._pending.tokens, beyond])
-        return np.lib.stride_tricks.sliding_window_view(tokens, width)
+    def _within_cap(
+        self, pair: Int[np.ndarray, " n"], activation: Float32[np.ndarray, " n"]
+    ) -> Bool[np.ndarray, " n"]:
+        """True for the N strongest rows of each feature, and raises the floor of full features.
+
+        Rows are ordered by pair; of equal activations at the cut, the first ones stay.
+        """
+        cap = self.options.max_contexts_per_feature
+        feature = pair // len(self._vocabulary.classes)
+        count = np.bincount(feature, minlength=self.d_sae)
+        if count.max(initial=0) <= cap:
+            return np.ones(len(pair), dtype=bool)
+        # bits of positive floats order as the floats do; one sort of integers gives every feature's
+        # activations from the strongest down
+        falling = np.sort(
+            (feature << 32) | (0xFFFFFFFF - activation.view(np.uint32).astype(np.int64))
+        )
+        full = np.flatnonzero(count > cap)
+        weakest = falling[np.cumsum(count)[full] - count[full] + cap - 1]
+        floor = (0xFFFFFFFF - (weakest & 0xFFFFFFFF)).astype(np.uint32).view(np.float32)
+        self._floor[full] = floor
+        limit = np.full(self.d_sae, -1, dtype=np.float32)
+        limit[full] = floor
+        keep = activation > limit[feature]
+        room = cap - np.bincount(feature[keep], minlength=self.d_sae)
+        at_limit = np.flatnonzero(activation == limit[feature])
+        tied = feature[at_limit]
+        keep[at_limit[_rank_in_group(tied) < room[tied]]] = True
+        return keep
+
+    def _take_slots(self, n: int, freed: Int[np.ndarray, " m"]) -> Int[np.ndarray, " n"]:
+        """Rows of the store for n contexts that enter, after others have left theirs."""
+        free = np.concatenate([self._free, freed])
+        if n > len(free):
+            size = len(self._store)
+            # doubled, so that growing costs little; no more than can ever be needed
+            grown = max(size + n - len(free), min(2 * size, self.max_rows))
+            free = np.concatenate([free, np.arange(size, grown)])
+            store = np.empty(grown, dtype=self._store.dtype)
+            store[:size] = self._store
+            self._store = store
+        self._free = free[n:]
+        return free[:n]
 
     def _order_ties_by_text(
-        self, rows: np.ndarray, order: Int[np.ndarray, " n"], tokens: Int[np.ndarray, "m width"]
+        self,
+        pair: Int[np.ndarray, " n"],
+        activation: Float32[np.ndarray, " n"],
+        source: Int[np.ndarray, " n"],
+        candidates: np.ndarray,
+        windows: Int[np.ndarray, "m width"],
     ) -> None:
         """The reference keeps the largest (activation, text): where equal activations stand on
-        both sides of the cut, put their rows in falling order of text, in place."""
-        pair, activation = rows["pair"][order], rows["activation"][order]
-        rank = _rank_in_group(pair)
-        new_tie = np.ones(len(order), dtype=bool)
+        both sides of the cut, put their sources in falling order of text, in place."""
+        rank, k, n_old = _rank_in_group(pair), self.options.max_per_class, len(self._pair)
+        new_tie = np.ones(len(pair), dtype=bool)
         new_tie[1:] = (pair[1:] != pair[:-1]) | (activation[1:] != activation[:-1])
         first = np.flatnonzero(new_tie)
-        last = np.append(first[1:], len(order)) - 1
-        k = self.options.max_per_class
-        cut = (rank[first] < k) & (rank[last] >= k) if len(order) else first
-        n_old = len(self._rows)
+        last = np.append(first[1:], len(pair)) - 1
+        cut = (rank[first] < k) & (rank[last] >= k)
 
         def text(row: int) -> str:
-            window = self._windows[row] if row < n_old else tokens[rows["start"][row]]
-            return self._sentences.text(window[: rows["length"][row]], rows["before"][row])
+            if row < n_old:
+                place = self._store[self._slot[row]]
+                window = place["window"]
+            else:
+                place = candidates[row - n_old]
+                window = windows[place["start"]]
+            return self._sentences.text(window[: place["length"]].tolist(), int(place["before"]))
 
         for a, b in zip(first[cut].tolist(), last[cut].tolist(), strict=True):
-            order[a : b + 1] = sorted(order[a : b + 1].tolist(), key=text, reverse=True)
+            source[a : b + 1] = sorted(source[a : b + 1].tolist(), key=text, reverse=True)
 
     def table(self) -> FeatureTable:
         """Contexts at `options.threshold`, counts at every threshold, and the profiles so far."""
         if self._pending.n_rows:
             self._merge()
         n_classes = len(self._vocabulary.classes)
-        feature, token_class = np.divmod(self._rows["pair"], n_classes)
+        feature, token_class = np.divmod(self._pair, n_classes)
         counts = []
         at_own: _Above | None = None
         for threshold in self._thresholds:
@@ -645,8 +709,8 @@ class ContextCollector:
         )
 
     def _above(self, threshold: float, feature: Int[np.ndarray, " rows"]) -> _Above:
-        options, pair = self.options, self._rows["pair"]
-        rows = self._rows["activation"] > np.float32(threshold)
+        options, pair = self.options, self._pair
+        rows = self._activation > np.float32(threshold)
         # the first row of a pair is its strongest
         first = np.ones(len(pair), dtype=bool)
         first[1:] = pair[1:] != pair[:-1]
@@ -663,26 +727,25 @@ class ContextCollector:
         feature: Int[np.ndarray, " n"],
         token_class: Int[np.ndarray, " n"],
     ) -> pa.Table:
-        rows = self._rows[kept]
+        places = self._store[self._slot[kept]]
         texts, activated = [], []
-        for row, length, before in zip(
-            kept.tolist(), rows["length"].tolist(), rows["before"].tolist(), strict=True
+        for window, length, before in zip(
+            places["window"], places["length"].tolist(), places["before"].tolist(), strict=True
         ):
-            window = self._windows[row, :length]
-            texts.append(self._sentences.text(window, before))
-            activated.append(window[before])
-        token = [self._vocabulary.decoded(i) for i in activated]
+            ids = window[:length].tolist()
+            texts.append(self._sentences.text(ids, before))
+            activated.append(self._vocabulary.pieces[ids[before]])
         columns = [
             feature,
-            [self._vocabulary.classes[i] for i in token_class],
-            token,
-            rows["activation"],
-            rows["layer"],
-            [self.hook_names[i] for i in rows["layer"]],
-            rows["weight"],
+            [self._vocabulary.classes[i] for i in token_class.tolist()],
+            activated,
+            self._activation[kept],
+            places["layer"],
+            [self.hook_names[i] for i in places["layer"].tolist()],
+            places["weight"],
             texts,
-            rows["sequence"],
-            rows["position"],
+            places["sequence"],
+            places["position"],
         ]
         table = pa.table(
             [pa.array(c, type=f.type) for c, f in zip(columns, _CONTEXT_SCHEMA, strict=True)],
@@ -754,6 +817,12 @@ class _Pending:
         self.n_rows += len(rows)
         self.n_tokens += ids.size
 
+    def take(self, width: int) -> tuple[np.ndarray, Int[np.ndarray, "m width"]]:
+        """The candidates, and a view of the tokens whose row i is the window that starts at i."""
+        beyond = np.zeros(width, dtype=np.int32)
+        tokens = np.concatenate([*self.tokens, beyond])
+        return np.concatenate(self.rows), np.lib.stride_tricks.sliding_window_view(tokens, width)
+
 
 def _active(
     feature_acts: Float[Tensor, "batch pos d_sae"],
@@ -812,9 +881,6 @@ class _Vocabulary:
             classes=classes,
             class_of=np.array([index[name] for name in names], dtype=np.int64),
         )
-
-    def decoded(self, token: int) -> str:
-        return self.pieces[token]
 
     def flags(self, is_so: Any) -> Bool[np.ndarray, " vocab"]:
         """Of each token id, whether its piece fulfils a condition."""
@@ -901,14 +967,20 @@ class _DecodedSentences:
         row = np.arange(n_batch)[:, None] * n_pos
         return _Windows((row + first).ravel(), (last - first + 1).ravel(), (at - first).ravel())
 
-    def text(self, window: Int[np.ndarray, " n"], before: int) -> str:
-        """The window as text, with its activated token marked."""
-        raw = [self._vocabulary.raw[i] for i in window.tolist()]
-        return self.to_string(raw[:before], raw[before], raw[before + 1 :]).strip()
+    def text(self, ids: list[int], before: int) -> str:
+        """A window as text, the token with `before` others before it marked."""
+        return self.marked(ids, before).strip()
 
-    def to_string(self, left: list[str], token: str, right: list[str]) -> str:
-        # the markers are tokens of their own: byte tokens of SentencePiece are known by their form
-        return self._tokenizer.convert_tokens_to_string([*left, OPEN, token, CLOSE, *right])
+    def marked(self, ids: list[int], before: int) -> str:
+        piece = self._vocabulary.pieces.__getitem__
+        left, right = "".join(map(piece, ids[:before])), "".join(map(piece, ids[before + 1 :]))
+        text = f"{left}{OPEN}{piece(ids[before])}{CLOSE}{right}"  # much faster than the tokenizer
+        if "\ufffd" in text:  # a character cut into several tokens: only the tokenizer joins it
+            raw = [self._vocabulary.raw[i] for i in ids]
+            # the markers as tokens of their own: byte tokens of SentencePiece go by their form
+            raw[before : before + 1] = [OPEN, raw[before], CLOSE]
+            text = self._tokenizer.convert_tokens_to_string(raw)
+        return text
 
 
 class _ReferenceSentences(_DecodedSentences):
@@ -921,17 +993,17 @@ class _ReferenceSentences(_DecodedSentences):
         return max_length // 2, max_length // 2
 
     def prepare(self) -> None:
-        self._end = np.array([raw in REFERENCE_SENTENCE_ENDS for raw in self._vocabulary.raw])
+        raw = self._vocabulary.raw
+        self._end = np.array([token in REFERENCE_SENTENCE_ENDS for token in raw])
+        self._blank = [token in REFERENCE_BLANKS for token in raw]
 
     def ends(self, ids: Int[np.ndarray, "batch pos"]) -> Bool[np.ndarray, "batch pos"]:
         return self._end[ids]
 
-    def text(self, window: Int[np.ndarray, " n"], before: int) -> str:
-        raw = [self._vocabulary.raw[i] for i in window.tolist()]
-        left, right = raw[:before], raw[before + 1 :]
-        blank = ("<|end_of_text|>", " ", "")
-        while left and left[0] in blank:
-            left.pop(0)
-        while right and right[-1] in blank:
-            right.pop()
-        return self.to_string(left, raw[before], right).strip().strip('"')
+    def text(self, ids: list[int], before: int) -> str:
+        first, last = 0, len(ids)
+        while first < before and self._blank[ids[first]]:
+            first += 1
+        while last > before + 1 and self._blank[ids[last - 1]]:
+            last -= 1
+        return self.marked(ids[first:last], before - first).strip().strip('"')

@@ -39,7 +39,6 @@ from sae_lens.load_model import load_model as sae_lens_load_model
 from torch import nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.loading_from_pretrained import (
-    get_official_model_name,
     get_pretrained_state_dict,
     make_model_alias_map,
 )
@@ -58,8 +57,8 @@ DEMO_FOLDER: Path = Path(__file__).parent / "demo"
 MODEL_CLASS_NAMES = ("HookedTransformer", "TransformerBridge", "AutoModelForCausalLM")
 
 _N_CTX_LIMIT = 2048
-"""Context of a converted folder unless `n_ctx` is given, TransformerLens's own for Llama 3.2: its 2.x
-keeps an `[n_ctx, n_ctx]` mask in every block, 16 GiB each at that model's 131,072 tokens."""
+"""Context of a converted folder unless `n_ctx` is given; TransformerLens's own for Llama 3.2. Its
+2.x keeps an `[n_ctx, n_ctx]` mask in every block, 16 GiB each at that model's 131,072 tokens."""
 
 _CHECK_TOKENS = 64
 _CHECK_TOLERANCE = 1e-2
@@ -152,25 +151,25 @@ def n_layers(model: LanguageModel) -> int:
     """How many blocks the model has."""
     if isinstance(model, HookedProxyLM):
         return _text_config(model).num_hidden_layers
-    return cast(Any, model).cfg.n_layers
+    return cast("Any", model).cfg.n_layers
 
 
 def d_model(model: LanguageModel) -> int:
     """Width of the residual stream."""
     if isinstance(model, HookedProxyLM):
         return _text_config(model).hidden_size
-    return cast(Any, model).cfg.d_model
+    return cast("Any", model).cfg.d_model
 
 
 def decoder_blocks(model: LanguageModel) -> list[nn.Module]:
     """The modules whose output is the residual stream after each block, in order.
 
-    The output is a tensor `[batch, pos, d_model]`, or (transformers before 4.54, in a Hugging Face
-    model) a tuple that starts with it.
+    The output is a tensor `[batch, pos, d_model]`, or in some Hugging Face models of transformers 4
+    a tuple that starts with it.
     """
     if isinstance(model, HookedProxyLM):
         return list(_proxy_blocks(model)[1])
-    return list(cast(Any, model).blocks)
+    return list(cast("Any", model).blocks)
 
 
 def residual_hook_names(model: LanguageModel, layers: Sequence[int]) -> list[str]:
@@ -213,9 +212,7 @@ def _local_folder(model_name: str, model_class_name: str) -> Path | None:
     folder = DEMO_FOLDER if model_name == "demo" else Path(model_name).expanduser()
     if (folder / "config.json").is_file():
         return folder
-    # An official name wins over a folder that is no model: results are often kept under ./gpt2
-    official = _official_name(model_name) is not None
-    if folder.exists() and not official:
+    if folder.exists():  # transformers, too, takes it before the official model of that name
         raise ValueError(
             f"model_name={model_name!r}: no config.json in {folder}; pass a folder written by "
             "save_pretrained, an official name or 'demo'"
@@ -228,25 +225,15 @@ def _local_folder(model_name: str, model_class_name: str) -> Path | None:
             f"model_name={model_name!r}: there is no such folder; pass a folder written by "
             "save_pretrained, an official name or 'demo'"
         )
-    if model_class_name == "HookedTransformer" and not official:
+    official_names = make_model_alias_map()  # TransformerLens's, aliases included, lower case
+    if model_class_name == "HookedTransformer" and model_name.lower() not in official_names:
+        close = ", ".join(difflib.get_close_matches(model_name.lower(), official_names, n=3))
         raise ValueError(
             f"model_name={model_name!r} is neither a folder nor an official TransformerLens name"
-            f"{_similar_names(model_name)}; pass one of these, 'demo', or for any model of the "
-            "Hugging Face Hub model_class_name='TransformerBridge' or 'AutoModelForCausalLM'"
+            f"{f' (similar: {close})' if close else ''}; pass one of these or 'demo', or for any "
+            f"model of the Hugging Face Hub {_WAY_OUT}"
         )
     return None
-
-
-def _official_name(model_name: str) -> str | None:
-    try:
-        return get_official_model_name(model_name)
-    except ValueError:
-        return None
-
-
-def _similar_names(model_name: str) -> str:
-    close = difflib.get_close_matches(model_name.lower(), make_model_alias_map(), n=3)
-    return f" (similar: {', '.join(close)})" if close else ""
 
 
 @contextmanager
@@ -254,11 +241,14 @@ def _one_line_hub_errors(model_name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # what transformers raises for an unknown name and for no network
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"model_name={model_name!r} could not be loaded by that name ({reason}); check the "
-            "spelling and the network, or pass a local folder or 'demo', which need none"
+            f"model_name={model_name!r} could not be loaded by that name ({_first_line(error)}); "
+            "check the spelling and the network, or pass a local folder or 'demo', which need none"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -293,7 +283,7 @@ def _load_by_name(
         if not {"device_map", "n_devices"} & kwargs.keys():
             kwargs = {**kwargs, "device": device}
         return cast(
-            LanguageModel,
+            "LanguageModel",
             SAETransformerBridge.boot_transformers(model_name, dtype=dtype, **kwargs),
         )
     return sae_lens_load_model(
@@ -324,11 +314,11 @@ def _load_folder(
     if model_class_name == "TransformerBridge":
         kwargs = {**kwargs, "tokenizer": tokenizer}
         model = _load_by_name(str(folder), model_class_name, device, dtype, None, kwargs)
-        cast(Any, model).cfg.default_prepend_bos = has_bos
+        cast("Any", model).cfg.default_prepend_bos = has_bos
         return model
     kwargs = {**kwargs, "config": _load_config(folder), "local_files_only": True}
     model = _load_by_name(str(folder), model_class_name, device, dtype, hook_names, kwargs)
-    cast(Any, model).tokenizer = tokenizer
+    cast("Any", model).tokenizer = tokenizer
     return model
 
 
@@ -342,8 +332,8 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
-            f"model_name={str(folder)!r}: no usable tokenizer in this folder ({error}); "
-            "add one with tokenizer.save_pretrained"
+            f"model_name={str(folder)!r}: no usable tokenizer in this folder "
+            f"({_first_line(error)}); add one with tokenizer.save_pretrained"
         ) from error
     bos = tokenizer.bos_token_id
     if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
@@ -391,6 +381,8 @@ def _convert_folder(
     }
     hf_config = _load_config(folder)
     checked_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    # eager: transformers 4 forgets Gemma 2's soft cap and GPT-2's scaling by block under SDPA
+    kwargs.setdefault("attn_implementation", "eager")
     kwargs |= {_DTYPE_KEYWORD: checked_dtype, "config": hf_config, "local_files_only": True}
     hf_model = AutoModelForCausalLM.from_pretrained(str(folder), **kwargs).eval()
     try:
@@ -399,15 +391,14 @@ def _convert_folder(
         fields = {"model_name": folder.name, **_hooked_config(hf_config), **here, **chosen}
         cfg = HookedTransformerConfig.from_dict(fields)
         model = HookedSAETransformer(cfg, move_to_device=False)
-        model.load_and_process_state_dict(
-            get_pretrained_state_dict(str(folder), cfg, hf_model, dtype=checked_dtype),
-            **dict.fromkeys(_PROCESSING, False),
-        )
+        weights = get_pretrained_state_dict(str(folder), cfg, hf_model, dtype=checked_dtype)
+        # not load_and_process_state_dict: in 3.x it rounds float64 to float32, and is quadratic
+        model.load_state_dict(model.fill_missing_keys(weights), strict=False)
         error = _logit_error(model, hf_model)
     except Exception as failure:  # whatever the converter tripped over, the way out is the same
         raise ValueError(
-            f"model_name={str(folder)!r}: TransformerLens cannot convert this model ({failure}); "
-            f"{_WAY_OUT}"
+            f"model_name={str(folder)!r}: TransformerLens cannot convert this model "
+            f"({_first_line(failure)}); {_WAY_OUT}"
         ) from failure
     if not error <= _CHECK_TOLERANCE:  # also true of nan
         raise ValueError(
@@ -416,8 +407,8 @@ def _convert_folder(
         )
     model.set_tokenizer(tokenizer, default_padding_side=padding_side)
     cfg.tokenizer_name = str(folder)
-    cfg.device = str(device)
-    model.to(dtype, print_details=False)
+    cfg.dtype, cfg.device = dtype, str(device)
+    nn.Module.to(model, dtype)  # TransformerLens's own .to() is quadratic in the parameters
     model.move_model_modules_to_device()
     return model
 
@@ -542,7 +533,7 @@ def _sliding_window_fields(hf_config: Any) -> dict[str, Any]:
 
 
 def _text_config(model: HookedProxyLM) -> Any:
-    return cast(Any, model.model).config.get_text_config()
+    return cast("Any", model.model).config.get_text_config()
 
 
 def _proxy_blocks(model: HookedProxyLM) -> tuple[str, nn.ModuleList]:

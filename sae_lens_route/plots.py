@@ -8,7 +8,7 @@ matplotlib from the same traces.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import plotly.graph_objects as go
 from matplotlib.figure import Figure as StaticFigure
@@ -85,13 +85,14 @@ def _static(figure: go.Figure) -> StaticFigure:
     """The bar and scatter traces of a plotly figure on one pair of matplotlib axes."""
     static = StaticFigure(figsize=(8, 4.5))
     axes = static.add_subplot()
-    bars = [trace for trace in figure.data if trace.type == "bar"]
+    traces = cast(tuple[Any, ...], figure.data)
+    bars = [trace for trace in traces if trace.type == "bar"]
     categories: list[Any] = list(dict.fromkeys(x for trace in bars for x in trace.x))
     for i, trace in enumerate(bars):
         width = 0.8 / len(bars)
         at = [categories.index(x) + (i + 0.5) * width - 0.4 for x in trace.x]
         axes.bar(at, trace.y, width, label=trace.name, color=_rgb(trace.marker.color))
-    for trace in figure.data:
+    for trace in traces:
         if trace.type == "scatter":
             at = [categories.index(x) for x in trace.x] if categories else trace.x
             style = {"dot": ":", "dash": "--"}.get(trace.line.dash or "", "-")

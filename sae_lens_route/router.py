@@ -31,9 +31,9 @@ class Routing(NamedTuple):
 
     probs: Float[Tensor, "... L"]
     """Route probabilities p (Eq. 7); 1/L each under uniform routing."""
-    layer: Int[Tensor, "..."]
+    layer: Int[Tensor, ...]
     """Index of the routed layer i*, into the routed layers; the most probable one under soft."""
-    weight: Float[Tensor, "..."]
+    weight: Float[Tensor, ...]
     """What multiplies the routed layer's n(x): p of that layer, or 1 under uniform routing."""
     x_route: Float[Tensor, "... d"]
     """The routed activation, in normalised units: the SAE's input (Eq. 9, 14)."""
@@ -45,7 +45,7 @@ class Routing(NamedTuple):
 
 def normalization_stats(
     x: Float[Tensor, "... d"],
-) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+) -> tuple[Float[Tensor, ...], Float[Tensor, ...]]:
     """Mean and scale with `n(x) = (x - mean) / scale`; scale is the unbiased std + 1e-6."""
     variance, mean = torch.var_mean(x, dim=-1)
     return mean, variance.sqrt() + NORM_EPS
@@ -57,7 +57,7 @@ def normalize(x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
     return (x - mean.unsqueeze(-1)) / scale.unsqueeze(-1)
 
 
-def pick_layer(x: Float[Tensor, "... L d"], layer: Int[Tensor, "..."]) -> Float[Tensor, "... d"]:
+def pick_layer(x: Float[Tensor, "... L d"], layer: Int[Tensor, ...]) -> Float[Tensor, "... d"]:
     """The activation of one layer per token."""
     index = layer[..., None, None].expand(*layer.shape, 1, x.shape[-1])
     return x.gather(-2, index).squeeze(-2)
@@ -94,7 +94,7 @@ def route_probs(
     if aggregation == "attention":
         if q_router is None:
             raise ValueError("aggregation='attention' needs the query q_router [d]")
-        # mean and scale are per layer, so the query meets the raw activation: q.n = (q.x - m sum q)/s
+        # q . n(x) = (q . x - mean * sum q) / scale, so n(x) is not needed here either
         dots = (x @ q_router - mean * q_router.sum()) / scale
         pooling = torch.softmax(dots / x.shape[-1] ** 0.5, dim=-1) * n_layers
     else:

@@ -134,6 +134,12 @@ class RouteSAERunnerConfig(LanguageModelSAERunnerConfig[Any]):
             self.checkpoint_path = str(Path(self.output_path) / "checkpoints")
         super().__post_init__()
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens in one training step, once `train_batch_size_tokens` is filled in."""
+        assert self.train_batch_size_tokens is not None
+        return self.train_batch_size_tokens
+
     def resolve(self, model: HookedRootModule) -> None:
         """Fill in the routed layers and hook names, and hold every size against the model.
 
@@ -174,10 +180,10 @@ class RouteSAERunnerConfig(LanguageModelSAERunnerConfig[Any]):
         buffer = self.n_batches_in_buffer * pass_tokens if self.activations_mixing_fraction else 0
         parameters = 2 * sae.d_in * sae.d_sae + sae.d_sae + sae.d_in * (1 + sae.n_routed_layers)
         return {
-            "activations": (self.train_batch_size_tokens + pass_tokens) * per_token,
+            "activations": (self.step_tokens + pass_tokens) * per_token,
             "shuffle_buffer": buffer * per_token,
             "sae": 4 * parameters * width,
-            "features": 4 * self.train_batch_size_tokens * sae.d_sae * width,
+            "features": 4 * self.step_tokens * sae.d_sae * width,
         }
 
 
@@ -248,7 +254,7 @@ class RouteSAETrainer(SAETrainer[Any, Any]):
         pbar.update(self.n_training_samples - pbar.n)
 
     @torch.no_grad()
-    def _record(self, output: TrainStepOutput) -> dict[str, float]:
+    def _record(self, output: TrainStepOutput) -> dict[str, Any]:
         now, n = time.perf_counter(), self.n_training_samples
         rate = (n - self._samples) / max(now - self._since, 1e-9)
         self._since, self._samples = now, n
@@ -290,13 +296,15 @@ class RouteSAETrainingRunner(LanguageModelSAETrainingRunner):
         self.cfg = cfg
         if cfg.output_path is not None and cfg.resume_from_checkpoint is None:
             require_new_folder(cfg.output_path)
-        self.model = override_model or load_model(
-            cfg.model_name,
-            cfg.model_class_name,
-            device=cfg.llm_device or cfg.device,
-            hook_names=cfg.hook_names,
-            **(cfg.model_from_pretrained_kwargs or {}),
-        )
+        if override_model is None:
+            override_model = load_model(
+                cfg.model_name,
+                cfg.model_class_name,
+                device=cfg.llm_device or cfg.device,
+                hook_names=cfg.hook_names,
+                **(cfg.model_from_pretrained_kwargs or {}),
+            )
+        self.model = override_model
         cfg.resolve(self.model)
         need = sum(cfg.memory_estimate().values())
         require_memory(need, cfg.device, "train_batch_size_tokens", cfg.train_batch_size_tokens)
@@ -305,7 +313,7 @@ class RouteSAETrainingRunner(LanguageModelSAETrainingRunner):
             self.model, cfg, override_dataset=override_dataset
         )
         torch.manual_seed(cfg.seed)
-        self.sae = override_sae or self._new_sae()
+        self.sae = self._new_sae() if override_sae is None else override_sae
         self.sae.to(cfg.device)
         self.evaluator = LLMSaeEvaluator(
             model=self.model,

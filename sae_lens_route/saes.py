@@ -116,6 +116,7 @@ class RoutedSAE(_Base):
     W_router: nn.Parameter
     q_router: nn.Parameter
     cfg: Any
+    _generator: torch.Generator | None = None
 
     @override
     def initialize_weights(self) -> None:
@@ -156,17 +157,13 @@ class RoutedSAE(_Base):
     def _uniform_generator(self, device: torch.device) -> torch.Generator | None:
         if self.cfg.routing != "uniform":
             return None
-        generator: torch.Generator | None = self.__dict__.get("_generator")
-        if generator is None or generator.device != device:
-            generator = torch.Generator(device).manual_seed(self.cfg.routing_seed)
-            self.__dict__["_generator"] = generator
-        return generator
+        if self._generator is None or self._generator.device != device:
+            self._generator = torch.Generator(device).manual_seed(self.cfg.routing_seed)
+        return self._generator
 
     def __getstate__(self) -> dict[str, Any]:
         # a generator can be neither copied nor pickled; a copy draws from the seed again
-        return {
-            name: value for name, value in super().__getstate__().items() if name != "_generator"
-        }  # type: ignore[misc]
+        return {**self.__dict__, "_generator": None}
 
     @override
     @torch.no_grad()
@@ -306,9 +303,9 @@ class RouteTopKTrainingSAE(RoutedTrainingSAE, TopKTrainingSAE):
 
 
 def _register(
-    sae: type[SAE[Any]],
+    sae: type[SAE],
     config: type[SAEConfig],
-    training_sae: type[TrainingSAE[Any]],
+    training_sae: type[TrainingSAE],
     training_config: type[TrainingSAEConfig],
 ) -> None:
     """Make SAELens know an architecture; again after an autoreload, without its error."""

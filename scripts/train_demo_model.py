@@ -16,7 +16,6 @@ import argparse
 import json
 import lzma
 import math
-import os
 import time
 from pathlib import Path
 
@@ -217,7 +216,6 @@ def train(
     batches = Batches(docs, args.batch_size, start=step)
     compiled = torch.compile(model)
     warmup, decay = 100, int(0.4 * args.steps)
-    base = [[group.get("initial_lr", group["lr"]) for group in opt.param_groups] for opt in opts]
     base = [[args.lr], [args.lr * 0.2]]
     since, seen, running = time.time(), 0, 0.0
     while step < args.steps:
@@ -260,7 +258,7 @@ def train(
                 "step": step,
             }
             torch.save(state, part)
-            os.replace(part, args.work / "checkpoint.pt")
+            part.replace(args.work / "checkpoint.pt")
 
 
 def export(

@@ -6,8 +6,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 
+from pathlib import Path
+
 from jaxtyping import install_import_hook
 
-install_import_hook("sae_lens_route", "beartype.beartype")
+PACKAGE = Path(__file__).parents[1] / "sae_lens_route"
+# not saes: SAELens builds its configurations with the metadata as a dict and sets the type after
+CHECKED = [f"sae_lens_route.{file.stem}" for file in PACKAGE.glob("*.py") if file.stem != "saes"]
+install_import_hook(CHECKED, "beartype.beartype")
 
 import sae_lens_route  # noqa: E402, F401  (registers the architectures)
