@@ -87,7 +87,8 @@ def _options() -> dict[str, _Option]:
             if field.name in _FILLED_IN or field.name in options:
                 continue  # device and dtype belong to both and are the runner's
             default = None if field.default is dataclasses.MISSING else field.default
-            type_name = re.sub(r"typing\.|\s*\| None", "", str(field.type))
+            written = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+            type_name = re.sub(r"typing\.|\s*\| None", "", written)
             options[field.name] = _Option(
                 field.name, owner, type_name, default, texts.get(field.name, "")
             )
@@ -175,7 +176,8 @@ def runner_config(values: dict[str, Any]) -> Any:
             parts["sae"][shared] = parts["runner"][shared]
     if "d_in" not in parts["sae"]:
         name = parts["runner"].get("model_name", RouteSAERunnerConfig.model_name)
-        parts["sae"]["d_in"] = model_width(name)
+        kind = parts["runner"].get("model_class_name", RouteSAERunnerConfig.model_class_name)
+        parts["sae"]["d_in"] = model_width(name, kind)
     parts["sae"].setdefault("d_sae", 8 * parts["sae"]["d_in"])
     return RouteSAERunnerConfig(
         sae=RouteTopKTrainingSAEConfig(**parts["sae"]),

@@ -4,18 +4,31 @@
 every token at every routed layer, had the token been sent there with the weight it was given. The
 routed error, the random router's, every fixed layer's and the best possible choice are all read
 off that table, so they compare the same dictionary on the same tokens.
+
+`downstream_metrics` runs the model three times per batch: as it is, with the SAE spliced in, and
+with the routed places set to zero. What they do to the next-token distribution is the paper's KL,
+and SAELens's loss recovered.
+
+Tokens that training left out (`exclude_special_tokens`) are neither spliced nor counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from sae_lens.evals import get_eval_everything_config, run_evals
+from sae_lens.training.activation_scaler import ActivationScaler
+from torch import Tensor, nn
 
+from sae_lens_route.activations import RoutedActivationsStore
+from sae_lens_route.models import LanguageModel, decoder_blocks
 from sae_lens_route.router import Routing, normalize
+from sae_lens_route.splice import RoutedHook, attach
 
 
 class ReconstructionMetrics(NamedTuple):
@@ -169,3 +182,263 @@ def _metrics(sums: _Sums, has_single_layer: bool) -> ReconstructionMetrics:
         norm_mse_best=best,
         regret=norm_mse - best if has_single_layer else None,
     )
+
+
+# --- downstream ----------------------------------------------------------------------------------
+
+PAPER_CONTEXT = 512
+_MIN_ABLATION_COST = 0.05
+"""Loss recovered divides by what ablating costs; below this many nats it says nothing."""
+
+
+class DownstreamMetrics(NamedTuple):
+    """What splicing the SAE in does to the model's predictions. Nats, means over tokens."""
+
+    n_tokens: int
+    """Tokens whose next-token distributions were compared."""
+    kl: float
+    """KL(clean || spliced), nats per token."""
+    kl_per_512_tokens: float
+    """The same summed over a 512-token sequence, as the paper reports it."""
+    kl_by_layer: list[float | None]
+    """KL at the tokens routed to each layer; null where none was."""
+    kl_ablated: float
+    """KL(clean || routed places set to zero), nats per token."""
+    ce_clean: float
+    """Next-token cross-entropy of the clean model."""
+    ce_spliced: float
+    """The same with the SAE spliced in."""
+    ce_ablated: float
+    """The same with the routed places set to zero."""
+    delta_ce: float
+    """ce_spliced - ce_clean."""
+    loss_recovered: float | None
+    """1 - delta_ce / (ce_ablated - ce_clean); null when ablating costs less than 0.05 nats."""
+    route_agreement: float
+    """Share of tokens that the spliced model's own streams would be routed to the same layer."""
+
+
+@torch.no_grad()
+def downstream_metrics(
+    model: LanguageModel,
+    sae: Any,
+    batches: Iterable[tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]],
+    *,
+    unscaled: bool = False,
+) -> DownstreamMetrics:
+    """KL, cross-entropy and routing agreement of a model with a RouteSAE spliced in.
+
+    Args:
+        model: The model `sae` was trained on, with nothing attached.
+        sae: A RouteSAE with hard or uniform routing.
+        batches: Contexts, and which of their tokens to splice and count.
+        unscaled: Leave p out on both sides of the SAE, as the paper's code does to evaluate.
+
+    Raises:
+        ValueError: there were no tokens, or the routing is soft (it has no place to write to).
+    """
+    if sae.cfg.routing == "soft":
+        raise ValueError("routing='soft': it mixes layers, so there is no place to splice into")
+    n_layers = sae.cfg.n_routed_layers
+    device = sae.W_dec.device
+    sums = dict.fromkeys(("kl_ablated", "clean", "spliced", "ablated", "agree"), 0.0)
+    totals: dict[str, Any] = {k: torch.zeros((), dtype=torch.float64, device=device) for k in sums}
+    kl_by_layer = torch.zeros(n_layers, dtype=torch.float64, device=device)
+    tokens_by_layer = torch.zeros(n_layers, dtype=torch.float64, device=device)
+    n_targets = torch.zeros((), dtype=torch.float64, device=device)
+    for tokens, kept in batches:
+        clean = _log_probs(model, tokens)
+        with attach(model, sae, unscaled=unscaled) as hook, _streams(model, hook) as streams:
+            spliced = _with_hook_function(model, tokens, hook, partial(_reconstruct, sae, kept))
+            layer = cast(Routing, hook.routing).layer
+            met = torch.stack([streams[i].to(device) for i in hook.routed_blocks], dim=-2)
+            blocks = hook.routed_blocks
+        with _zeroed(model, blocks, layer, kept):
+            ablated = _log_probs(model, tokens)
+        kl = _kl(clean, spliced)[kept].double()
+        chosen = nn.functional.one_hot(layer[kept], n_layers).double()
+        kl_by_layer += (chosen * kl.unsqueeze(-1)).sum(0)
+        tokens_by_layer += chosen.sum(0)
+        totals["kl_ablated"] += _kl(clean, ablated)[kept].double().sum()
+        totals["agree"] += (sae.route(met).layer == layer)[kept].sum()
+        is_target = kept[:, 1:]
+        n_targets += is_target.sum()
+        for name, log_probs in (("clean", clean), ("spliced", spliced), ("ablated", ablated)):
+            ce = -log_probs[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
+            totals[name] += ce[is_target].double().sum()
+    n = int(tokens_by_layer.sum())
+    if n == 0:
+        raise ValueError("no tokens to evaluate: the dataset gave none that are not excluded")
+    kl = float(kl_by_layer.sum() / n)
+    ce = {name: float(totals[name] / n_targets) for name in ("clean", "spliced", "ablated")}
+    delta, cost = ce["spliced"] - ce["clean"], ce["ablated"] - ce["clean"]
+    return DownstreamMetrics(
+        n_tokens=n,
+        kl=kl,
+        kl_per_512_tokens=PAPER_CONTEXT * kl,
+        kl_by_layer=[
+            float(k / t) if t > 0 else None
+            for k, t in zip(kl_by_layer, tokens_by_layer, strict=True)
+        ],
+        kl_ablated=float(totals["kl_ablated"] / n),
+        ce_clean=ce["clean"],
+        ce_spliced=ce["spliced"],
+        ce_ablated=ce["ablated"],
+        delta_ce=delta,
+        loss_recovered=1 - delta / cost if cost >= _MIN_ABLATION_COST else None,
+        route_agreement=float(totals["agree"] / n),
+    )
+
+
+def _log_probs(model: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
+    return model(tokens, return_type="logits").float().log_softmax(-1)
+
+
+def _with_hook_function(model: Any, tokens: Tensor, hook: RoutedHook, function: Any) -> Tensor:
+    logits = model.run_with_hooks(tokens, return_type="logits", fwd_hooks=[(hook.name, function)])
+    return logits.float().log_softmax(-1)
+
+
+def _reconstruct(
+    sae: Any,
+    kept: Bool[Tensor, "batch pos"],
+    x_route: Float[Tensor, "batch pos d"],
+    hook: Any,
+) -> Float[Tensor, "batch pos d"]:
+    x_hat = sae.decode(sae.encode(x_route)).to(x_route.dtype)
+    return torch.where(kept.unsqueeze(-1).to(x_route.device), x_hat, x_route)
+
+
+def _kl(
+    clean: Float[Tensor, "batch pos vocab"], other: Float[Tensor, "batch pos vocab"]
+) -> Float[Tensor, "batch pos"]:
+    return (clean.exp() * (clean - other)).sum(-1)
+
+
+@contextmanager
+def _streams(model: LanguageModel, hook: RoutedHook) -> Iterator[dict[int, Tensor]]:
+    """Block -> the residual stream after it, edits included: what the next block was given last."""
+    found: dict[int, Tensor] = {}
+
+    def keep_input(block: int, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found[block] = args[0] if args else kwargs["hidden_states"]
+
+    def keep_output(block: int, _module: Any, _args: Any, output: Any) -> None:
+        found[block] = output[0] if isinstance(output, tuple) else output
+
+    blocks = decoder_blocks(model)
+    first, last = hook.routed_blocks[0], hook.routed_blocks[-1]
+    handles = [
+        blocks[i + 1].register_forward_pre_hook(partial(keep_input, i), with_kwargs=True)
+        for i in range(first, last)
+    ]
+    handles.append(blocks[last].register_forward_hook(partial(keep_output, last)))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _zeroed(
+    model: LanguageModel,
+    routed_blocks: list[int],
+    layer: Int[Tensor, "batch pos"],
+    kept: Bool[Tensor, "batch pos"],
+) -> Iterator[None]:
+    """Every counted token's residual stream set to zero after the block it was routed to."""
+
+    def zero(here: Tensor, _module: Any, _args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0].masked_fill(here.to(output[0].device), 0), *output[1:])
+        return output.masked_fill(here.to(output.device), 0)
+
+    blocks = decoder_blocks(model)
+    handles = [
+        blocks[block].register_forward_hook(
+            partial(zero, ((layer == i) & kept.to(layer.device)).unsqueeze(-1))
+        )
+        for i, block in enumerate(routed_blocks)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Evaluation(NamedTuple):
+    """Everything measured of one RouteSAE on one text."""
+
+    reconstruction: ReconstructionMetrics
+    """In normalised units, from activations alone."""
+    downstream: DownstreamMetrics | None
+    """The model with the SAE spliced in; null under soft routing."""
+    downstream_unscaled: DownstreamMetrics | None
+    """The same without p on either side of the SAE: the convention of the paper's code."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, for JSON."""
+        return {k: None if v is None else v._asdict() for k, v in self._asdict().items()}
+
+
+def evaluate(
+    model: LanguageModel, sae: Any, dataset: Any, *, max_tokens: int = 50_000, batch_size: int = 8
+) -> Evaluation:
+    """Evaluate a RouteSAE on the first `max_tokens` of a text.
+
+    Args:
+        model: The model `sae` was trained on.
+        sae: A RouteSAE with its metadata.
+        dataset: A dataset, or what `load_text_dataset` takes; read anew for each part.
+        max_tokens: Tokens to read, excluded ones included.
+        batch_size: Contexts in one forward pass.
+    """
+
+    def store() -> RoutedActivationsStore:
+        return RoutedActivationsStore.from_sae(
+            model, sae, dataset, store_batch_size_prompts=batch_size
+        )
+
+    def downstream(unscaled: bool) -> DownstreamMetrics | None:
+        if sae.cfg.routing == "soft":
+            return None
+        text = store()
+        batches = ((tokens, text.kept(tokens)) for tokens in text.token_batches(max_tokens))
+        return downstream_metrics(model, sae, batches, unscaled=unscaled)
+
+    return Evaluation(
+        reconstruction=reconstruction_metrics(sae, store().activation_batches(max_tokens)),
+        downstream=downstream(unscaled=False),
+        downstream_unscaled=downstream(unscaled=True),
+    )
+
+
+def saelens_metrics(
+    model: LanguageModel, sae: Any, dataset: Any, *, max_tokens: int = 50_000, batch_size: int = 8
+) -> dict[str, Any]:
+    """SAELens's own `run_evals` at the routed hook, every metric on.
+
+    Its ablation sets the routed activation to zero, which leaves each token the mean of its stream;
+    ours sets the stream itself to zero, as the paper's code does.
+    """
+    store = RoutedActivationsStore.from_sae(
+        model, sae, dataset, store_batch_size_prompts=batch_size
+    )
+    n_batches = max(1, max_tokens // (batch_size * store.context_size))
+    excluded = store.exclude_special_tokens
+    with attach(model, sae):
+        metrics, featurewise = run_evals(
+            sae=sae,
+            activation_store=store,
+            model=cast(Any, model),
+            activation_scaler=ActivationScaler(),
+            eval_config=get_eval_everything_config(
+                batch_size_prompts=batch_size,
+                n_eval_reconstruction_batches=n_batches,
+                n_eval_sparsity_variance_batches=n_batches,
+            ),
+            exclude_special_tokens=False if excluded is None else excluded.tolist(),
+        )
+    return {**metrics, "featurewise": featurewise}

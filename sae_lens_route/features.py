@@ -12,9 +12,10 @@ order, activation first, then (for equal activations) the earlier in the stream.
 
 **Memory.** A feature keeps at most `max_contexts_per_feature` (N) of its contexts, the strongest.
 The table therefore holds at most `d_sae * N` rows of `4 * max_length + 42` bytes (the tokens of the
-sentence and 42 bytes beside them), and three times that for a moment while it merges. Candidates
-wait for a merge in rows of 42 bytes, at most 2^17 or half the table's rows, whichever is larger,
-and one batch. Nothing else grows with the stream.
+sentence, and what else a context has), 1.5 times that for a moment while it grows: 0.6 GB for
+d_sae 16384 when every feature is full. Candidates wait for a merge in rows of 42 bytes: at most
+2^17 or half the table's rows, whichever is larger, and one batch's, with at most 2^22 tokens and
+one batch's. Beside these there are d_sae * L counts. Nothing grows with the stream.
 
 **Several thresholds** (the paper's Figure 5) cost one pass: the 2 strongest above a higher
 threshold are among the 2 strongest above a lower one, so the table of the lowest answers for all.
@@ -58,6 +59,7 @@ _WIDE_TERMINAL = re.compile(r"[。！？][”’」』）]*$")  # noqa: RUF001
 _CLOSERS = re.compile(r"""["'”’»)\]」』）]+\s*""")  # noqa: RUF001
 
 _MIN_PENDING = 2**17
+_MAX_PENDING_TOKENS = 2**22
 # feature activations encoded at once, so that a large batch and a wide SAE fit in memory
 _ENCODE_ELEMENTS = 2**26
 
@@ -396,7 +398,7 @@ def find_contexts(
 
 
 def model_batches(
-    model: Any, sae: RoutedSAE, token_batches: Iterable[Int[Tensor, "batch pos"]]
+    model: Any, sae: RoutedSAE, token_batches: Iterable[Int[Tensor, "_ _"]]
 ) -> Iterator[ActivationBatch]:
     """Run a model over batches of token ids, up to its last routed layer, for `find_contexts`.
 
@@ -405,7 +407,7 @@ def model_batches(
     Args:
         model: anything with TransformerLens's `run_with_cache`.
         sae: a RouteSAE whose `metadata.hook_names` are hooks of that model.
-        token_batches: token ids, one sequence per row.
+        token_batches: token ids [batch, pos], one sequence per row; sizes may differ.
     """
     hook_names = _hook_names(sae)
     stops = [extract_stop_at_layer_from_tlens_hook_name(name) for name in hook_names]
@@ -547,7 +549,10 @@ class ContextCollector:
         rows["sequence"] += first_sequence
         rows["start"], rows["length"], rows["before"] = start[token], length[token], before[token]
         self._pending.append(rows, ids)
-        if self._pending.n_rows >= max(_MIN_PENDING, len(self._pair) // 2):
+        if (
+            self._pending.n_rows >= max(_MIN_PENDING, len(self._pair) // 2)
+            or self._pending.n_tokens >= _MAX_PENDING_TOKENS
+        ):
             self._merge()
 
     def _could_enter(

@@ -161,6 +161,18 @@ def d_model(model: LanguageModel) -> int:
     return cast("Any", model).cfg.d_model
 
 
+def model_width(model_name: str, model_class_name: str = "HookedTransformer") -> int:
+    """`d_model` of a model that is not loaded: only its configuration is read.
+
+    Raises:
+        ValueError: as `load_model` does for a name that cannot be used.
+    """
+    folder = _local_folder(model_name, model_class_name)
+    name = str(folder) if folder else _official_name(model_name) or model_name
+    with _one_line_hub_errors(model_name):
+        return AutoConfig.from_pretrained(name).get_text_config().hidden_size
+
+
 def decoder_blocks(model: LanguageModel) -> list[nn.Module]:
     """The modules whose output is the residual stream after each block, in order.
 

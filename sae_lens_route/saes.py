@@ -77,6 +77,7 @@ class RoutedConfig(_ConfigBase):
             "uniform" (a layer drawn at random, the paper's Random baseline).
         aggregation: how the layers are pooled for the router: "sum", "mean" or "attention".
         routing_seed: seed of the uniform draw.
+        normalize_activations: "none": routing normalises every layer per token already.
     """
 
     n_routed_layers: int = 9

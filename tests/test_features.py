@@ -392,6 +392,18 @@ def test_table_stays_within_its_bound():
     assert collector.n_rows <= collector.max_rows
     assert table.contexts.num_rows <= collector.max_rows
     assert features._CANDIDATE.itemsize == 42  # as the module says
+    columns = (collector._pair, collector._activation, collector._slot, collector._store)
+    assert sum(column.itemsize for column in columns) == 4 * 64 + 42
+
+
+def test_tokens_of_rare_candidates_do_not_pile_up():
+    options = ContextOptions(threshold=2.5)
+    with patch.object(features, "_MAX_PENDING_TOKENS", 500):
+        collector = ContextCollector(4, 12, HOOKS, TOKENIZER, options)
+        for seed in range(20):
+            collector.add(*random_stream(n=4, seed=seed))
+            assert collector._pending.n_tokens < 500
+    assert collector.table().contexts.num_rows
 
 
 # --- sentences ------------------------------------------------------------------------------------

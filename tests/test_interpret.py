@@ -908,8 +908,8 @@ def test_simple_features_rank_above_random_ones():
         for kind in ("token", "phrase", "random")
         for name in ("score", "token", "ngram", "position")
     }
-    assert mean["token", "score"] > 0.8 and mean["token", "token"] > 0.8
-    assert mean["phrase", "score"] > 0.8 and mean["phrase", "ngram"] > 0.8
+    assert mean["token", "score"] > 0.75 and mean["token", "token"] > 0.75
+    assert mean["phrase", "score"] > 0.75 and mean["phrase", "ngram"] > 0.75
     chance = [("random", "score"), ("random", "token"), ("random", "ngram"), ("token", "ngram")]
     for kind, name in [*chance, *((kind, "position") for kind in ("token", "phrase", "random"))]:
         assert mean[kind, name] == pytest.approx(0.5, abs=0.06), (kind, name)
@@ -979,6 +979,17 @@ def test_the_fit_is_the_documented_one_and_sees_no_held_out_activation(monkeypat
     effect = [(target - after)[train & (second == g)] for g in range(3)]
     after = after + np.array([e.sum() / (len(e) + 1) for e in effect])[second]
     np.testing.assert_allclose(seen[0], after[~train])
+
+
+@pytest.mark.parametrize(("n", "n_pairs"), [(4, 4), (8, 20), (16, 88)])
+def test_a_handful_of_contexts_cannot_reach_1(n, n_pairs):
+    # in each part the same tokens, with their own strengths: order is known perfectly
+    tokens = [f"t{i % (n // 4)}" for i in range(n)]
+    contexts = [make_context(0, t, 5.0 + int(t[1:]), sequence=i) for i, t in enumerate(tokens)]
+    negatives = [make_context(1, f"u{i}", sequence=i) for i in range(n)]
+    at_most = (n_pairs + 8) / (n_pairs + 16)
+    score = offline_score(contexts, negatives).token
+    assert score == pytest.approx(at_most, abs=0.06) and score <= at_most
 
 
 def test_too_little_to_go_on_gives_none_and_the_order_does_not_matter():
