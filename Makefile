@@ -5,7 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test check docs clean
+# SAEDashboard needs an older TransformerLens, so it has an environment of its own.
+DASHBOARD := .venv-dashboard
+DASHBOARD_STAMP := $(DASHBOARD)/installed
+DASHBOARD_PIP := $(DASHBOARD)/bin/python -m pip install --quiet --disable-pip-version-check
+DASHBOARD_PIP += -c constraints/dashboard.txt
+
+.PHONY: install demo test test-dashboard check docs clean
 
 install: $(STAMP)
 
@@ -21,6 +27,18 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
+test-dashboard: $(DASHBOARD_STAMP)
+	$(DASHBOARD)/bin/python -m pytest tests/test_sae_dashboard.py tests/test_models.py \
+	  tests/test_golden.py tests/test_splice.py tests/test_splice_tools.py
+
+$(DASHBOARD_STAMP): pyproject.toml constraints/dashboard.txt
+	test -x $(DASHBOARD)/bin/python || $(PYTHON) -m venv $(DASHBOARD)
+	$(DASHBOARD_PIP) torch
+	$(DASHBOARD_PIP) -e . frozendict tabulate eindex-callum dataclasses-json hf-transfer \
+	  pytest pytest-timeout hypothesis
+	$(DASHBOARD_PIP) --no-deps sae-dashboard==0.8.0 sae-vis==0.3.7
+	touch $(DASHBOARD_STAMP)
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,4 +48,4 @@ docs: $(STAMP)
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) site demo-output
+	rm -rf $(VENV) $(DASHBOARD) site demo-output

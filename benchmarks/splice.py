@@ -6,7 +6,8 @@
     two passes    what a splice takes without the replay: one pass to route, one pass to edit
 
 The model and the SAE are random, so that every routed block gets tokens. Each round times all of
-them once, between two clean passes; the ratio of a round is to the mean of these two.
+them once, between two clean passes; the ratio of a round is to the mean of these two. "cpu" is the
+same ratio of processor time, which other programs on the machine disturb less (with --threads 1).
 
     python benchmarks/splice.py --output splice_benchmark.json
     python benchmarks/splice.py --tiny
@@ -21,12 +22,12 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
-import transformer_lens
 import transformers
 from sae_lens import HookedSAETransformer
 from sae_lens.load_model import HookedProxyLM
@@ -207,31 +208,31 @@ def contestants(model: Any, shape: Shape, tokens: Tensor) -> dict[str, Callable[
 def measure(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
     """Medians over the rounds of the seconds, and of the ratios to the clean passes around."""
 
-    def seconds(run: Callable[[], Any]) -> float:
-        start = perf_counter()
+    def times(run: Callable[[], Any]) -> tuple[float, float]:
+        start, cpu_start = perf_counter(), process_time()
         run()
-        return perf_counter() - start
+        return perf_counter() - start, process_time() - cpu_start
 
     taken: dict[str, list[float]] = {name: [] for name in runs}
-    ratios: dict[str, list[float]] = {name: [] for name in runs}
+    ratios: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for round_index in range(-1, rounds):  # the first one warms up
-        before = seconds(runs["clean"])
-        for name, run in runs.items():
-            if name == "clean":
-                continue
-            this, after = seconds(run), seconds(runs["clean"])
+        before = times(runs["clean"])
+        for name in list(runs)[1:]:
+            this, after = times(runs[name]), times(runs["clean"])
             if round_index >= 0:
-                taken["clean"].append(after)
-                taken[name].append(this)
-                ratios[name].append(this / ((before + after) / 2))
+                taken["clean"].append(after[0])
+                taken[name].append(this[0])
+                wall, cpu = (2 * t / (a + b) for t, a, b in zip(this, before, after, strict=True))
+                ratios[name].append((wall, cpu))
+                ratios["clean"].append((after[0] / before[0], after[1] / before[1]))
             before = after
-    ratios["clean"] = [1.0]
     return {
         name: {
             "seconds": statistics.median(taken[name]),
-            "ratio": statistics.median(ratios[name]),
-            "lowest": min(ratios[name]),
-            "highest": max(ratios[name]),
+            "ratio": statistics.median(wall for wall, _ in ratios[name]),
+            "lowest": min(wall for wall, _ in ratios[name]),
+            "highest": max(wall for wall, _ in ratios[name]),
+            "cpu": statistics.median(cpu for _, cpu in ratios[name]),
         }
         for name in runs
     }
@@ -242,8 +243,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tiny", action="store_true", help="a size for the tests")
     parser.add_argument("--rounds", type=int, default=None)
+    parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--output", type=Path, default=None, help="where to write JSON")
     options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     shape = TINY if options.tiny else Shape()
     rounds = options.rounds or (2 if options.tiny else 7)
     tokens = torch.randint(shape.d_vocab, (shape.batch, shape.context_size))
@@ -256,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "transformer-lens": getattr(transformer_lens, "__version__", "unknown"),
+            "transformer-lens": version("transformer-lens"),
             "transformers": transformers.__version__,
         },
         "target": {"edited": shape.target, "read": 1.05},
@@ -266,10 +270,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs = contestants(make(shape), shape, tokens)
         result["models"][kind] = table = measure(runs, rounds)
         print(f"\n{kind}, {rounds} rounds, {result['threads']} threads, {result['versions']}")
-        print(f"{'':16}{'seconds':>10}{'ratio':>8}{'lowest':>9}{'highest':>9}")
+        print(f"{'':16}{'seconds':>10}{'ratio':>8}{'lowest':>9}{'highest':>9}{'cpu':>8}")
         for name, row in table.items():
             numbers = f"{row['seconds']:10.3f}{row['ratio']:8.2f}"
-            print(f"{name:16}{numbers}{row['lowest']:9.2f}{row['highest']:9.2f}")
+            spread = f"{row['lowest']:9.2f}{row['highest']:9.2f}"
+            print(f"{name:16}{numbers}{spread}{row['cpu']:8.2f}", flush=True)
     print(f"\ntargets: edited <= {shape.target:.3f}, read <= 1.05")
     if options.output is not None:
         options.output.write_text(json.dumps(result, indent=2))

@@ -19,6 +19,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 import yaml
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.training._interruption import InterruptedException
 
 app = typer.Typer(
     help="Train, evaluate and understand RouteSAEs.",
@@ -32,10 +33,10 @@ app = typer.Typer(
 def _one_line_errors() -> Iterator[None]:
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, InterruptedException) as error:
         typer.echo("stopped", err=True)
         raise typer.Exit(130) from error
 
@@ -247,7 +248,7 @@ def _print_plan(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
 def demo(
     output: Annotated[Path, typer.Option(help="A new folder.")] = Path("demo-output"),
     training_tokens: Annotated[int, typer.Option(min=10_000)] = 1_000_000,
-    eval_tokens: Annotated[int, typer.Option(min=1_000)] = 50_000,
+    eval_tokens: Annotated[int, typer.Option(min=1_000)] = 30_000,
     seed: Annotated[int, typer.Option(help="Seed of the SAE's weights.")] = 42,
 ) -> None:
     """Train and evaluate a RouteSAE of the embedded language model, with no download."""
@@ -265,6 +266,161 @@ def demo(
         )
         for name in ["sae/", "report.json", *report["figures"]]:
             typer.echo(f"wrote {output / name}")
+
+
+@app.command("eval")
+def evaluate_sae(
+    path: Annotated[Path, typer.Argument(help="A folder with a saved RouteSAE.")],
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Held-out text; by default the demo corpus's, for the demo model."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to read.")] = 50_000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Contexts in one forward pass.")] = 8,
+    device: Annotated[str, typer.Option(help="Where the model and the SAE go.")] = "cpu",
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file; by default eval.json in PATH.")
+    ] = None,
+) -> None:
+    """Our metrics and SAELens's own `run_evals` for a saved RouteSAE, as JSON."""
+    with _one_line_errors():
+        from sae_lens_route.evals import evaluate, saelens_metrics
+
+        model, sae = _load_sae_and_model(path, device)
+        text = dataset or _held_out_text(sae)
+        size = {"max_tokens": max_tokens, "batch_size": batch_size}
+        ours = evaluate(model, sae, text, **size)
+        theirs = saelens_metrics(model, sae, text, **size) if ours.downstream else None
+        output = output or path / "eval.json"
+        content = {"dataset": text, **size, "ours": ours.to_dict(), "saelens": theirs}
+        output.write_text(json.dumps(content, indent=1) + "\n")
+        typer.echo(f"NormMSE {ours.reconstruction.norm_mse:.4f}, L0 {ours.reconstruction.l0:.1f}")
+        for name, result in (
+            ("", ours.downstream),
+            (" unscaled (the paper's code)", ours.downstream_unscaled),
+        ):
+            if result is not None:
+                typer.echo(
+                    f"KL{name} {result.kl:.4f} nats per token, "
+                    f"{result.kl_per_512_tokens:.1f} per 512 tokens"
+                )
+        typer.echo(f"wrote {output}")
+
+
+def _load_sae_and_model(path: Path, device: str) -> tuple[Any, Any]:
+    """The language model a saved RouteSAE was trained on, and the RouteSAE."""
+    if not (path / "cfg.json").exists():
+        raise ValueError(f"PATH={str(path)!r}: no cfg.json there, so no saved SAE")
+    from sae_lens import SAE
+
+    from sae_lens_route.models import load_model
+    from sae_lens_route.saes import RoutedSAE
+
+    sae = SAE.load_from_disk(path, device=device)
+    if not isinstance(sae, RoutedSAE):
+        raise ValueError(f"PATH={str(path)!r}: a {sae.cfg.architecture()} SAE, not a RouteSAE")
+    metadata = sae.cfg.metadata
+    kind = metadata.model_class_name or "HookedTransformer"
+    kwargs = metadata.model_from_pretrained_kwargs or {}
+    return load_model(metadata.model_name, kind, device=device, **kwargs), sae
+
+
+def _held_out_text(sae: Any) -> str:
+    if sae.cfg.metadata.dataset_path == "demo":
+        return "demo:heldout"
+    raise ValueError(
+        f"--dataset: name held-out text; the SAE was trained on {sae.cfg.metadata.dataset_path!r}"
+    )
+
+
+@app.command()
+def features(
+    path: Annotated[Path, typer.Argument(help="A folder with a saved RouteSAE.")],
+    dataset: Annotated[str | None, typer.Option(help="Text; by default as for `eval`.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to read.")] = 1_000_000,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Activations above it are contexts. [default: 0.331 * sqrt(d_in)]"),
+    ] = None,
+    also: Annotated[
+        list[float] | None,
+        typer.Option(help="Another threshold to count interpretable features at; repeatable."),
+    ] = None,
+    min_contexts: Annotated[int, typer.Option(min=1)] = 4,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Rules of the paper's code; needs --threshold.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Contexts in one forward pass.")] = 8,
+    device: Annotated[str, typer.Option(help="Where the model and the SAE go.")] = "cpu",
+    output: Annotated[
+        Path | None, typer.Option(help="A new folder; by default `features` in PATH.")
+    ] = None,
+) -> None:
+    """Contexts of the features above a threshold, and each feature's layer profile, as parquet."""
+    with _one_line_errors():
+        from tqdm.auto import tqdm
+
+        from sae_lens_route.activations import RoutedActivationsStore
+        from sae_lens_route.features import ContextOptions, find_contexts, model_batches
+        from sae_lens_route.runner import require_new_folder
+
+        output = output or path / "features"
+        require_new_folder(output, also_holds="features.parquet")
+        if reference and threshold is None:
+            raise ValueError("--reference: give the --threshold too (the paper's is 15 at d 2048)")
+        if reference:
+            options = ContextOptions.reference(threshold or 0.0)
+        else:
+            options = ContextOptions(threshold, tuple(also or ()), min_contexts=min_contexts)
+        model, sae = _load_sae_and_model(path, device)
+        text = dataset or _held_out_text(sae)
+        store = RoutedActivationsStore.from_sae(
+            model, sae, text, store_batch_size_prompts=batch_size
+        )
+        total = max(1, max_tokens // store.context_size // batch_size)
+        tokens = tqdm(store.token_batches(max_tokens), desc="reading", unit="batch", total=total)
+        table = find_contexts(sae, model_batches(model, sae, tokens), model.tokenizer, options)
+        table.to_parquet(output)
+        table.to_reference_json(output / "contexts.json")
+        for count in table.run.counts:
+            typer.echo(
+                f"threshold {count.threshold:.3f}: {count.n_features} interpretable features"
+            )
+        typer.echo(f"wrote {output}")
+
+
+@app.command()
+def interpret(
+    path: Annotated[Path, typer.Argument(help="A folder that `features` wrote.")],
+    model: Annotated[
+        str | None, typer.Option(help="Judge; without one, the offline statistic ranks features.")
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible endpoint; key in OPENAI_API_KEY.")
+    ] = None,
+    n_features: Annotated[int, typer.Option(min=1, help="Features to sample.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
+) -> None:
+    """Score features with a language model as judge (paper 3.4), or rank them without one."""
+    with _one_line_errors():
+        from sae_lens_route.features import FeatureTable
+        from sae_lens_route.interpret import Judge, offline_ranking, write_offline_ranking
+
+        if not (path / "features.parquet").exists():
+            raise ValueError(f"PATH={str(path)!r}: no features.parquet; `features` writes one")
+        table = FeatureTable.from_parquet(path)
+        if model is None:
+            output = path / "offline_ranking.json"
+            ranking = offline_ranking(table, seed)
+            write_offline_ranking(ranking, output)
+            typer.echo(f"{len(ranking)} features ranked by surface cues (not the paper's score)")
+        else:
+            output = path / "judge.jsonl"
+            judge = Judge(model, base_url=base_url, concurrency=concurrency)
+            run = judge.run(table, output, n_features=n_features, seed=seed)
+            typer.echo(json.dumps(run.summary._asdict(), indent=1))
+        typer.echo(f"wrote {output}")
 
 
 @app.command()

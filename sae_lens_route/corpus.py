@@ -12,6 +12,7 @@ import importlib.machinery
 import importlib.util
 import pydoc
 import random
+import re
 import sys
 import sysconfig
 import tokenize
@@ -95,6 +96,7 @@ def _c_module_help() -> Iterator[tuple[str, str]]:
             spec = importlib.util.find_spec(name)
             if spec and (spec.origin == "built-in" or str(spec.origin).endswith(extension)):
                 page = pydoc.plain(pydoc.render_doc(name))
-                yield name, page.split("\nFILE\n")[0]  # what follows is a path on this machine
+                # what follows is this machine's: values such as sys.path, and the module's file
+                yield name, re.split(r"\n(?:DATA|FILE)\n", page)[0]
         except (ImportError, pydoc.ErrorDuringImport):
             continue

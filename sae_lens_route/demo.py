@@ -10,7 +10,7 @@ from typing import Any
 from sae_lens import SAE
 
 from sae_lens_route.activations import RoutedActivationsStore
-from sae_lens_route.evals import ReconstructionMetrics, reconstruction_metrics
+from sae_lens_route.evals import ReconstructionMetrics, evaluate, reconstruction_metrics
 from sae_lens_route.plots import routing_weights, training_curve, write_figure
 from sae_lens_route.runner import (
     TRAIN_LOG_FILENAME,
@@ -72,11 +72,14 @@ def run_demo(
     training_seconds = time.perf_counter() - training_started
 
     sae = SAE.load_from_disk(output / "sae")
-    metrics: dict[str, ReconstructionMetrics] = {}
-    for name, dataset in (("train", "demo:train"), ("held-out", "demo:heldout")):
-        store = RoutedActivationsStore.from_sae(runner.model, sae, dataset)
-        metrics[name] = reconstruction_metrics(sae, store.activation_batches(eval_tokens))
+    text = RoutedActivationsStore.from_sae(runner.model, sae, "demo:train")
+    evaluation = evaluate(runner.model, sae, "demo:heldout", max_tokens=eval_tokens)
+    metrics: dict[str, ReconstructionMetrics] = {
+        "train": reconstruction_metrics(sae, text.activation_batches(eval_tokens)),
+        "held-out": evaluation.reconstruction,
+    }
 
+    n_tokens = cfg.total_training_steps * cfg.step_tokens
     blocks = list(cfg.routed_layers or ())
     log = (output / "sae" / TRAIN_LOG_FILENAME).read_text().splitlines()
     figures = [
@@ -89,11 +92,12 @@ def run_demo(
         "l0": heldout.l0,
         "share_per_block": dict(zip(map(str, blocks), heldout.share, strict=True)),
         "dead_features": heldout.dead_features,
-        "training_tokens": training_tokens,
-        "tokens_per_second": training_tokens / training_seconds,
+        "training_tokens": n_tokens,
+        "tokens_per_second": n_tokens / training_seconds,
         "training_seconds": training_seconds,
         "seconds": time.perf_counter() - started,
-        "metrics": {name: result._asdict() for name, result in metrics.items()},
+        "train": metrics["train"]._asdict(),
+        "held_out": evaluation.to_dict(),
         "figures": [path.name for path in figures],
     }
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -22,7 +22,12 @@ from typing import Any
 import torch
 import wandb
 from sae_lens import logger
-from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.config import (
+    HfDataset,
+    LanguageModelSAERunnerConfig,
+    LoggingConfig,
+    SAETrainerConfig,
+)
 from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.llm_sae_training_runner import (
     InterruptedException,
@@ -45,6 +50,7 @@ from sae_lens_route.models import (
     n_layers,
     residual_hook_names,
 )
+from sae_lens_route.splice import attach
 
 TRAIN_LOG_FILENAME = "train_log.jsonl"
 
@@ -166,6 +172,12 @@ class RouteSAERunnerConfig(LanguageModelSAERunnerConfig[Any]):
         self.hook_name = routed_hook_name(self.routed_layers[-1])
         self.sae = replace(self.sae, n_routed_layers=len(self.routed_layers))
 
+    @override
+    def to_sae_trainer_config(self) -> SAETrainerConfig:
+        # whole steps only: SAELens would take one more, at learning rate 0
+        tokens = self.total_training_steps * self.step_tokens
+        return replace(super().to_sae_trainer_config(), total_training_samples=tokens)
+
     def memory_estimate(self) -> dict[str, int]:
         """Bytes that training takes beside the language model, by what takes them.
 
@@ -269,6 +281,15 @@ class RouteSAETrainer(SAETrainer[Any, Any]):
         }
 
 
+class RoutedEvaluator(LLMSaeEvaluator[Any]):
+    """SAELens's evaluation during training (for W&B), with the routed hook there while it runs."""
+
+    @override
+    def __call__(self, sae: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        with attach(self.model, sae):
+            return super().__call__(sae, *args, **kwargs)
+
+
 class RouteSAETrainingRunner(LanguageModelSAETrainingRunner):
     """SAELens's training runner for RouteSAEs: same files, same logging.
 
@@ -315,7 +336,7 @@ class RouteSAETrainingRunner(LanguageModelSAETrainingRunner):
         torch.manual_seed(cfg.seed)
         self.sae = self._new_sae() if override_sae is None else override_sae
         self.sae.to(cfg.device)
-        self.evaluator = LLMSaeEvaluator(
+        self.evaluator = RoutedEvaluator(
             model=self.model,
             activations_store=self.activations_store,
             eval_batch_size_prompts=cfg.eval_batch_size_prompts,

@@ -5,14 +5,14 @@
 whatever reads or edits a hook (`run_with_cache`, `run_with_hooks`, `add_sae`, `run_evals`) reads or
 edits routed features. One forward pass, with i*(t) the routed block of token t:
 
-1. *Collect.* Hooks on the blocks keep the outputs of the routed blocks, and the inputs of every
-   block after the first routed one.
+1. *Collect.* Hooks on the blocks keep the outputs of the routed blocks, and how every block after
+   the first routed one was called.
 2. *Route.* After the last routed block all streams are there, and the router picks i*(t) and p(t).
    So the unedited model decides: an edited early block takes no part in its own choice. (Uniform
    routing draws anew in every pass.)
 3. *Fire.* x_route goes through the hook point. If it comes back as it went in, the pass goes on,
    and nothing was computed twice.
-4. *Replay.* Otherwise the blocks after the first routed one run again from their saved inputs. What
+4. *Replay.* Otherwise the blocks after the first routed one run again, called as before. What
    leaves routed block i is edited at the tokens with i*(t) = i: with f what sits at the hook and x
    the stream that is there now,
 
@@ -67,6 +67,7 @@ def attach(model: LanguageModel, sae: RoutedSAE, *, unscaled: bool = False) -> R
     Raises:
         ValueError: a RouteSAE is attached to these blocks already, or the SAE's metadata does not
             fit the model.
+        TypeError: the model has no hook points.
     """
     return RoutedHook(model, sae, unscaled)
 
@@ -81,6 +82,11 @@ class RoutedHook:
     """
 
     def __init__(self, model: LanguageModel, sae: RoutedSAE, unscaled: bool = False) -> None:
+        if not hasattr(model, "hook_dict"):
+            raise TypeError(
+                f"a {type(model).__name__} has no hook points; wrap a Hugging Face model in "
+                "SAELens's HookedProxyLM(model, tokenizer)"
+            )
         self.model, self.sae, self.unscaled = model, sae, unscaled
         self.routing: Routing | None = None
         self._blocks = decoder_blocks(model)
@@ -310,7 +316,7 @@ class _Replay:
 
 
 class _Call:
-    """One block's call: its inputs and, with a key-value cache, the block's entry of the cache.
+    """One block's call: its other inputs and, with a key-value cache, its entry of the cache.
 
     TransformerLens and Hugging Face grow an entry by binding new tensors to its attributes, so the
     attributes are its state, and keeping the old ones is enough to roll it back.
@@ -318,7 +324,9 @@ class _Call:
 
     def __init__(self, args: tuple, kwargs: dict, index: int) -> None:
         """Begin the clean half: the clean twin, if there is one, takes the entry's place."""
-        self._args, self._kwargs = args, kwargs
+        # all but the stream, which comes first or by its name
+        self._args = args[1:]
+        self._kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         self._entry = _cache_entry((*args, *kwargs.values()), index)
         self._before = self._clean = _state(self._entry)
         twin: _Twin | None = getattr(self._entry, _TWIN, None)
@@ -339,10 +347,7 @@ class _Call:
         if self._entry is not None:
             _check_grows(self._entry)
             vars(self._entry).update(self._before)
-        if self._args:
-            output = block(stream, *self._args[1:], **self._kwargs)
-        else:
-            output = block(**{**self._kwargs, "hidden_states": stream})
+        output = block(stream, *self._args, **self._kwargs)
         if self._entry is not None:
             setattr(self._entry, _TWIN, _Twin(clean=self._clean, edited=_state(self._entry)))
         return output

@@ -1,4 +1,4 @@
-"""Activations: aligned with the model's own, each token once, no more of the model run than needed."""
+"""Activations: those of the model, aligned, each token once, from no more blocks than needed."""
 
 import json
 

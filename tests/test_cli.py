@@ -27,7 +27,9 @@ def call(*arguments):
 
 
 def as_options(fields):
-    return [part for name, value in fields.items() for part in (f"--{name.replace('_', '-')}", value)]
+    return [
+        part for name, value in fields.items() for part in (f"--{name.replace('_', '-')}", value)
+    ]
 
 
 def test_every_configuration_field_is_an_option_with_a_text():
@@ -120,3 +122,36 @@ def test_the_installed_command_runs():
     command = [sys.executable, "-c", "from sae_lens_route.cli import app; app()", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "train" in result.stdout and "demo" in result.stdout
+
+
+def test_eval(tmp_path):
+    out = tmp_path / "run"
+    call("train", *as_options(SMALL), "--output-path", out)
+    result = call("eval", out, "--max-tokens", 256, "--batch-size", 4)
+    assert result.exit_code == 0, result.output
+    content = json.loads((out / "eval.json").read_text())
+    assert content["dataset"] == "demo:heldout"
+    assert content["ours"]["downstream"]["kl"] > 0
+    assert content["saelens"]["model_behavior_preservation"]["kl_div_with_sae"] > 0
+    assert f"wrote {out / 'eval.json'}" in result.output
+    assert call("eval", tmp_path).exit_code == 2
+
+
+def test_features_and_interpret(tmp_path):
+    out = tmp_path / "run"
+    call("train", *as_options(SMALL), "--output-path", out)
+    small = ("--max-tokens", 1024, "--batch-size", 4, "--threshold", 0.2, "--also", 0.4)
+    result = call("features", out, *small)
+    assert result.exit_code == 0, result.output
+    assert "threshold 0.200:" in result.output and "threshold 0.400:" in result.output
+    folder = out / "features"
+    assert {p.name for p in folder.iterdir()} >= {
+        "features.parquet",
+        "contexts.parquet",
+        "contexts.json",
+    }
+    result = call("interpret", folder)
+    assert result.exit_code == 0, result.output
+    assert "not the paper's score" in (folder / "offline_ranking.json").read_text()
+    assert call("features", out, *small).exit_code == 2  # already there
+    assert call("interpret", tmp_path).exit_code == 2

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from golden_numbers import golden_sae, load
-from safetensors.torch import load_file
 from sae_lens import SAE, TrainingSAE
 from sae_lens.training._interruption import InterruptedException
+from safetensors.torch import load_file
 from small import small_config
 
 from sae_lens_route.reference_checkpoint import reference_converter
@@ -24,7 +24,12 @@ def test_defaults_are_the_papers():
     from sae_lens_route import RouteTopKTrainingSAEConfig
 
     cfg = RouteSAERunnerConfig(sae=RouteTopKTrainingSAEConfig(d_in=2048, d_sae=16384))
-    assert (cfg.sae.k, cfg.lr, cfg.context_size, cfg.store_batch_size_prompts) == (64, 5e-4, 512, 64)
+    assert (cfg.sae.k, cfg.lr, cfg.context_size, cfg.store_batch_size_prompts) == (
+        64,
+        5e-4,
+        512,
+        64,
+    )
     assert cfg.train_batch_size_tokens == 64 * 512
     assert (cfg.adam_beta1, cfg.adam_beta2) == (0.9, 0.999)
     steps = 100_000_000 // (64 * 512)

@@ -270,8 +270,7 @@ def test_padding(make_model, kind, padding_side):
         mask = mask.flip(-1)
     expected, *_ = brute_force(model, sae, routed, add_everywhere, lambda: run(model, tokens, mask))
     with attach(model, sae) as handle:
-        point = model.hook_dict[handle.name]
-        point.add_hook(hook_of(add_everywhere))
+        model.add_hook(handle.name, hook_of(add_everywhere))
         logits = run(model, tokens, mask)
     close(logits[mask.bool()], expected[mask.bool()])
 

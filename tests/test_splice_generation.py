@@ -129,7 +129,7 @@ def test_greedy_generation(make_model, kind):  # noqa: F811
     assert torch.equal(logits.argmax(-1)[:, 5:-1], cached[:, 6:])
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bridge-llama"])
+@pytest.mark.parametrize("kind", sorted({"hooked-gpt2", "proxy-llama", "bridge-gpt2"} & {*KINDS}))
 def test_greedy_generation_of_texts_padded_on_the_left(make_model, kind):  # noqa: F811
     model, sae = make_model(kind, N_LAYERS), route_sae(ROUTED, seed=1)
     texts = ["Return the value", "HTTP", "A list of header names and", "to"]

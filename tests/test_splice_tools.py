@@ -179,6 +179,8 @@ def test_metadata_that_does_not_fit(make_model):  # noqa: F811
             attach(model, sae)
     with pytest.raises(ValueError, match="width 32"):
         attach(model, route_sae(ROUTED, d=16))
+    with pytest.raises(TypeError, match="HookedProxyLM"):
+        attach(make_model("proxy-llama").model, route_sae(ROUTED))
     assert NAME not in model.hook_dict
 
 

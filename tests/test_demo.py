@@ -1,0 +1,76 @@
+"""The demo, end to end at a small size, and the language model it ships."""
+
+import json
+
+import pytest
+import torch
+
+from sae_lens_route.corpus import documents, split_of
+from sae_lens_route.demo import run_demo
+from sae_lens_route.models import DEMO_FOLDER, load_model
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    output = tmp_path_factory.mktemp("demo") / "out"
+    return run_demo(output, training_tokens=40_960, eval_tokens=2_048), output
+
+
+def test_writes_everything_it_names(demo):
+    report, output = demo
+    assert json.loads((output / "report.json").read_text()) == report
+    for name in ["sae/cfg.json", "sae/sae_weights.safetensors", *report["figures"]]:
+        assert (output / name).stat().st_size > 0, name
+    assert sum(report["share_per_block"].values()) == pytest.approx(1)
+    assert list(report["share_per_block"]) == [str(i) for i in range(3, 12)]
+    assert report["l0"] <= 16
+    assert 0 < report["norm_mse"] < 1
+
+
+def test_figures_need_no_network(demo):
+    _, output = demo
+    page = (output / "routing_weights.html").read_text()
+    assert 'src="http' not in page and "Plotly.newPlot" in page
+    assert "<svg" in (output / "routing_weights.svg").read_text()
+
+
+def test_is_not_written_over(demo):
+    with pytest.raises(ValueError, match="already holds a run"):
+        run_demo(demo[1])
+
+
+def test_the_shipped_model_is_what_its_card_says():
+    """Bits per byte on the held-out modules, far below the simple models of the same text."""
+    info = json.loads((DEMO_FOLDER / "INFO.json").read_text())
+    assert (
+        info["bits_per_byte"] < 1.5 < info["bits_per_byte_xz"] < info["bits_per_byte_ngram_order5"]
+    )
+    assert (DEMO_FOLDER / "model.safetensors").stat().st_size < 8e6
+
+    model = load_model("demo")
+    text = "".join(documents("heldout"))[:20_000]
+    tokens = model.to_tokens(text, prepend_bos=False, truncate=False)[0]
+    windows = tokens[: len(tokens) // 255 * 255].view(-1, 255)
+    bos = torch.zeros(len(windows), 1, dtype=torch.long)
+    with torch.no_grad():
+        nats = model(torch.cat([bos, windows], dim=1), return_type="loss") * windows.numel()
+    n_bytes = len(model.tokenizer.decode(windows.flatten()).encode())
+    bits = float(nats) / torch.log(torch.tensor(2.0)) / n_bytes
+    # a sample of 20,000 characters, so only roughly the whole's
+    assert bits == pytest.approx(info["bits_per_byte"], rel=0.35)
+
+
+def test_the_split_is_by_module():
+    assert split_of("test_json") == split_of("_json") == split_of("json")
+    assert split_of("_pydecimal") == split_of("decimal")
+    train, heldout = set(documents("train")), set(documents("heldout"))
+    assert train and heldout and not train & heldout
+    assert 0.03 < sum(map(len, heldout)) / sum(map(len, train)) < 0.3
+
+
+def test_the_corpus_names_no_place_of_this_machine():
+    import sysconfig
+
+    stdlib = sysconfig.get_path("stdlib")
+    pages = [text for text in documents("train") if text.startswith("Python Library Documentation")]
+    assert pages and not any(stdlib in page for page in pages)
