@@ -151,10 +151,11 @@ def two_passes(model: Any, sae: RouteTopKSAE, shape: Shape, tokens: Tensor) -> T
     """Route in a first pass over the routed blocks' outputs, edit them in a second one."""
     blocks = decoder_blocks(model)
     streams: list[Tensor] = []
-    handles = [
-        blocks[i].register_forward_hook(lambda module, args, output: streams.append(output))
-        for i in shape.routed
-    ]
+
+    def keep(module: Any, args: Any, output: Tensor) -> None:
+        streams.append(output)
+
+    handles = [blocks[i].register_forward_hook(keep) for i in shape.routed]
     model(tokens, return_type="logits")
     for handle in handles:
         handle.remove()

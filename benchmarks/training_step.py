@@ -37,11 +37,13 @@ from sae_lens_route.router import normalize
 from sae_lens_route.runner import RouteSAERunnerConfig
 
 SHAPES = {
-    "tiny": {"d": 32, "vocab": 64, "d_sae": 64, "k": 4, "prompts": 2, "context": 16, "heads": 2},
-    "cpu": {"d": 256, "vocab": 8192, "d_sae": 2048, "k": 32, "prompts": 8, "context": 256, "heads": 4},
+    "tiny": {"d": 32, "heads": 2, "vocab": 64, "d_sae": 64, "k": 4, "prompts": 2, "context": 16},
+    "cpu": {
+        "d": 256, "heads": 4, "vocab": 8192, "d_sae": 2048, "k": 32, "prompts": 8, "context": 256,
+    },
     "gpu": {
-        "d": 2048, "vocab": 128256, "d_sae": 16384, "k": 64, "prompts": 64, "context": 512,
-        "heads": 32,
+        "d": 2048, "heads": 32, "vocab": 128256, "d_sae": 16384, "k": 64, "prompts": 64,
+        "context": 512,
     },
 }  # fmt: skip
 

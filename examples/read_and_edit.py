@@ -1,6 +1,6 @@
 """Read and edit routed features with SAELens's and TransformerLens's own tools.
 
-    python examples/read_and_edit.py route-sae
+python examples/read_and_edit.py route-sae
 """
 
 import sys
@@ -22,7 +22,8 @@ with attach(model, sae) as hook:
     logits, cache = model.run_with_cache(tokens)
     feature_acts = sae.encode(cache[hook_name])
     blocks = [hook.routed_blocks[i] for i in hook.routing.layer[0].tolist()]
-    for token, block, acts in zip(model.to_str_tokens(tokens), blocks, feature_acts[0], strict=True):
+    words = model.to_str_tokens(tokens)
+    for token, block, acts in zip(words, blocks, feature_acts[0], strict=True):
         print(f"{token!r:12} block {block:2}  strongest feature {int(acts.argmax())}")
 
     # Edit: SAELens splices the SAE in; each token is rewritten at the block it was routed to.

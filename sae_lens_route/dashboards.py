@@ -4,9 +4,9 @@
 strongest contexts with the block every token was routed to. Per text: the route probabilities of
 every token. Over the data: the routed shares, and an index to search and sort.
 
-1. Collect: one pass of the model; every activation above 0 is kept as (token, feature, value), 12
-   bytes each, and 20 bytes per token. Special tokens and those that training left out are passed
-   over, as in `features.py`.
+1. Collect: one pass of the model; every activation above 0 is kept as (feature, token, value), 12
+   bytes each and twice that while they are sorted, beside 23 bytes per token. Naming `features`
+   keeps only theirs. Special tokens and those that training left out are passed over.
 2. Summarise: the features that were asked for (the strongest ones by default) become plain numbers.
 3. Write: the numbers are embedded as JSON, beside plotly. The page draws a feature when it is
    selected; `page.html#feature=12` opens on feature 12.
@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
@@ -101,7 +101,6 @@ def write_dashboard(
     return path
 
 
-@torch.no_grad()
 def dashboard_data(
     model: LanguageModel,
     sae: RoutedSAE,
@@ -196,7 +195,12 @@ def route_heatmap(model: LanguageModel, sae: RoutedSAE, text: str) -> go.Figure:
         template="plotly_white",
         title="Route probabilities",
         yaxis={"title": "block", "type": "category"},
-        xaxis={"tickvals": at, "ticktext": labels, "tickangle": -60},
+        xaxis={
+            "tickvals": at,
+            "ticktext": labels,
+            "tickangle": -60,
+            "range": [-0.5, len(labels) - 0.5],
+        },
         height=150 + 26 * len(blocks),
         width=max(500, 160 + 18 * len(labels)),
     )
@@ -207,14 +211,20 @@ def route_heatmap(model: LanguageModel, sae: RoutedSAE, text: str) -> go.Figure:
 def route_text(
     model: LanguageModel, sae: RoutedSAE, text: str
 ) -> tuple[Int[np.ndarray, " pos"], Routing]:
-    """Token ids of a text, BOS as in training, and how each of them is routed (no batch axis)."""
-    bos = sae.cfg.metadata.prepend_bos
-    ids = cast(Any, model).to_tokens(text, prepend_bos=True if bos is None else bool(bos))
-    if ids.shape[1] == 0:
+    """Token ids of a text and how each of them is routed (no batch axis).
+
+    BOS is put in front as in training, and the text is cut to the context of the training.
+    """
+    tokenizer, metadata = _tokenizer(model), sae.cfg.metadata
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if metadata.prepend_bos is not False and tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id, *ids]
+    if not ids:
         raise ValueError("the text has no tokens")
-    (batch,) = model_batches(model, sae, [ids])
+    tokens = torch.tensor([ids[: metadata.context_size or None]], device=_device(model))
+    (batch,) = model_batches(model, sae, [tokens])
     routing = sae.route(batch.activations.to(sae.device))
-    return ids[0].cpu().numpy(), Routing(*(part[0] for part in routing))
+    return tokens[0].cpu().numpy(), Routing(*(part[0] for part in routing))
 
 
 # --- collecting ----------------------------------------------------------------------------------
@@ -248,7 +258,7 @@ class _Seen:
 
 def _batches(
     tokens: Int[Tensor, "n pos"] | RoutedActivationsStore, max_tokens: int
-) -> Iterable[Int[Tensor, "batch pos"]]:
+) -> Iterable[Int[Tensor, "_ _"]]:
     if isinstance(tokens, Tensor):
         return tokens.split(_BATCH_SIZE)
     return tokens.token_batches(max_tokens)
@@ -265,10 +275,11 @@ def _passed_over(sae: RoutedSAE, tokenizer: Any) -> Int[Tensor, " ids"]:
     return torch.tensor(sorted(ids), dtype=torch.long)
 
 
+@torch.no_grad()
 def _collect(
     model: LanguageModel,
     sae: RoutedSAE,
-    token_batches: Iterable[Int[Tensor, "batch pos"]],
+    token_batches: Iterable[Int[Tensor, "_ _"]],
     passed_over: Int[Tensor, " ids"],
     features: Sequence[int] | None,
 ) -> _Seen:
@@ -277,7 +288,9 @@ def _collect(
     probs_sum = np.zeros(sae.cfg.n_routed_layers)
     first_texts: list[tuple[np.ndarray, Routing]] = []
     n_tokens = n_sequences = 0
-    for ids, activations, _ in model_batches(model, sae, token_batches):
+    for ids, activations, _ in model_batches(
+        model, sae, (batch.to(_device(model)) for batch in token_batches)
+    ):
         routing = sae.route(activations.to(sae.device))
         counted = torch.isin(ids.cpu(), passed_over, invert=True)
         acts = sae.encode(routing.x_route)
@@ -299,7 +312,7 @@ def _collect(
             "value": acts.ravel()[at],
         }.items():
             columns[name].append(values)
-        probs_sum += routing.probs.double().cpu()[counted].sum(0).numpy()
+        probs_sum += routing.probs.cpu().double()[counted].sum(0).numpy()
         for row in range(min(len(ids), N_TEXTS - len(first_texts))):
             of_row = Routing(*(part[row, :TEXT_TOKENS].clone() for part in routing))
             first_texts.append((ids[row, :TEXT_TOKENS].cpu().numpy(), of_row))
@@ -338,6 +351,10 @@ def _tokenizer(model: LanguageModel) -> Any:
     if tokenizer is None:
         raise ValueError("the model has no tokenizer, and a page shows tokens: set model.tokenizer")
     return tokenizer
+
+
+def _device(model: LanguageModel) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _blocks(sae: RoutedSAE) -> list[int]:
@@ -558,8 +575,8 @@ main { flex: 1 1 0; min-width: 0; }
 #bar, .row { display: flex; align-items: center; gap: 8px; flex-wrap: wrap; }
 #bar select, #bar button, .row select { font: inherit; padding: 3px 8px; max-width: 420px; }
 #numbers { color: var(--soft); } #explanation { margin: 6px 0 0; } #explanation:empty { margin: 0; }
-.plots { display: flex; flex-wrap: wrap; } .plots > div { flex: 1 1 280px; min-width: 0;
-  height: 250px; }
+.plots { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); }
+.plots > div { height: 250px; }
 .strip { padding: 5px 0; border-top: 1px solid #eef0f2; font-family: ui-monospace, monospace;
   font-size: 12.5px; line-height: 1.75; white-space: pre-wrap; overflow-wrap: anywhere; }
 .strip .place { color: var(--soft); font: 11px system-ui, sans-serif; margin-right: 8px;
@@ -569,6 +586,7 @@ main { flex: 1 1 0; min-width: 0; }
 .scroll { overflow-x: auto; } #shares { height: 230px; }
 @media (max-width: 1000px) { #columns { flex-direction: column; align-items: stretch; }
   aside { position: static; flex: none; } #index-box { max-height: 260px; } }
+@media (max-width: 700px) { .plots { grid-template-columns: minmax(0, 1fr); } }
 """
 
 _SCRIPT = r"""
@@ -747,7 +765,8 @@ function drawText(t) {
     type: "scatter", mode: "markers", x: at, y: t.layer.map(layer => BLOCKS[layer]),
     marker: {symbol: "square-open", size: 10, color: RED, line: {width: 2}}, hoverinfo: "skip",
   }], {width, height: 150 + 24 * BLOCKS.length, margin: {l: 48, r: 12, t: 10, b: 90},
-    xaxis: {tickvals: at, ticktext: words, tickangle: -60, showgrid: false, zeroline: false},
+    xaxis: {tickvals: at, ticktext: words, tickangle: -60, showgrid: false, zeroline: false,
+      range: [-0.5, at.length - 0.5]},
     yaxis: blockAxis({showgrid: false})});
 }
 
@@ -826,7 +845,7 @@ def plain_sae(sae: RoutedSAE) -> SAE[Any]:
     plain = sae_class(config)
     weights = {k: v.clone() for k, v in sae.state_dict().items() if not k.endswith("_router")}
     plain.load_state_dict(weights)
-    return plain.to(dtype=sae.dtype).eval()
+    return plain.to(device=sae.device, dtype=sae.dtype).eval()
 
 
 def sae_dashboard_pages(
@@ -849,7 +868,7 @@ def sae_dashboard_pages(
         model: a HookedTransformer `sae` was trained on, with its tokenizer and nothing attached.
         sae: a RouteSAE for inference.
         tokens: token ids, one sequence per row, at least 12 tokens long.
-        path: the HTML file; its folder is made if missing.
+        path: the HTML file, with this suffix in any case; its folder is made if missing.
         features: which ones; None takes the `n_features` largest maximum activations.
         n_features: how many to take when `features` is None.
 

@@ -168,7 +168,8 @@ def model_width(model_name: str, model_class_name: str = "HookedTransformer") ->
         ValueError: as `load_model` does for a name that cannot be used.
     """
     folder = _local_folder(model_name, model_class_name)
-    name = str(folder) if folder else _official_name(model_name) or model_name
+    official_names = make_model_alias_map()  # aliases in lower case -> names on the Hub
+    name = str(folder) if folder else official_names.get(model_name.lower(), model_name)
     with _one_line_hub_errors(model_name):
         return AutoConfig.from_pretrained(name).get_text_config().hidden_size
 

@@ -44,6 +44,7 @@ from typing_extensions import override
 
 from sae_lens_route.activations import RoutedActivationsStore, require_memory
 from sae_lens_route.models import (
+    LanguageModel,
     d_model,
     default_routed_layers,
     load_model,
@@ -317,15 +318,7 @@ class RouteSAETrainingRunner(LanguageModelSAETrainingRunner):
         self.cfg = cfg
         if cfg.output_path is not None and cfg.resume_from_checkpoint is None:
             require_new_folder(cfg.output_path)
-        if override_model is None:
-            override_model = load_model(
-                cfg.model_name,
-                cfg.model_class_name,
-                device=cfg.llm_device or cfg.device,
-                hook_names=cfg.hook_names,
-                **(cfg.model_from_pretrained_kwargs or {}),
-            )
-        self.model = override_model
+        self.model = self._load_model() if override_model is None else override_model
         cfg.resolve(self.model)
         need = sum(cfg.memory_estimate().values())
         require_memory(need, cfg.device, "train_batch_size_tokens", cfg.train_batch_size_tokens)
@@ -342,6 +335,15 @@ class RouteSAETrainingRunner(LanguageModelSAETrainingRunner):
             eval_batch_size_prompts=cfg.eval_batch_size_prompts,
             n_eval_batches=cfg.n_eval_batches,
             model_kwargs=cfg.model_kwargs,
+        )
+
+    def _load_model(self) -> LanguageModel:
+        return load_model(
+            self.cfg.model_name,
+            self.cfg.model_class_name,
+            device=self.cfg.llm_device or self.cfg.device,
+            hook_names=self.cfg.hook_names,
+            **(self.cfg.model_from_pretrained_kwargs or {}),
         )
 
     def _new_sae(self) -> TrainingSAE[Any]:

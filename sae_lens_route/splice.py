@@ -177,9 +177,14 @@ class RoutedHook:
         if self.unscaled:
             x_route, weight = x_route / weight.unsqueeze(-1), torch.ones_like(weight)
 
-        result = self._fire(x_route)
-        # a tensor that carries gradients is replayed whatever its values: no other way leads to it
-        edited = result is not None and (result.requires_grad or not torch.equal(result, x_route))
+        if _only_an_sae(self.hook_point):
+            answer, edited = None, True  # it will be asked block by block
+        else:
+            answer = self._fire(x_route)
+            # a new tensor may carry gradients, and these flow only through a replay
+            edited = answer is not x_route and (
+                answer.requires_grad or not torch.equal(answer, x_route)
+            )
         if not edited and not any(call.has_twin for call in current.calls.values()):
             return None
         if self.sae.cfg.routing == "soft":
@@ -193,16 +198,15 @@ class RoutedHook:
         tokens = dict(zip(self.routed_blocks, layer.argsort().split(counts), strict=True))
         current.replay = _Replay(tokens, weight.flatten().to(x_route), x_route)
         # what enters the first routed block was not edited: its tokens are done with this firing
-        result = x_route if result is None else result
-        stream = self._edit(stream, self._first, current.replay, result)
+        stream = self._edit(stream, self._first, current.replay, answer)
         output = _with_stream(output, stream)
         for index in range(self._first + 1, self._last + 1):
             output = current.calls[index].again(self._blocks[index], stream)
             stream = _stream(output)
         return output
 
-    def _fire(self, x_route: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"] | None:
-        """What the hook makes of `x_route`; None if it lets it be.
+    def _fire(self, x_route: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
+        """What the hook makes of `x_route`; `x_route` itself if it lets it be.
 
         A hook may write in place, so it gets a copy. The copy's version counter tells; a tensor of
         the inference mode has none.
@@ -212,7 +216,7 @@ class RoutedHook:
         version = given._version
         result = self.hook_point(given)
         if result is given and given._version == version:
-            return None
+            return x_route
         if result.shape != x_route.shape:
             raise ValueError(
                 f"a hook at {self.name!r} returned {list(result.shape)} for {list(x_route.shape)}"
@@ -224,11 +228,11 @@ class RoutedHook:
         stream: Float[Tensor, "batch pos d"],
         block: int,
         replay: _Replay,
-        result: Float[Tensor, "batch pos d"] | None = None,
+        answer: Float[Tensor, "batch pos d"] | None = None,
     ) -> Float[Tensor, "batch pos d"]:
         """The stream after `block`, edited at the tokens that are routed there.
 
-        `result` is what the hook made of `replay.met`; without it, the hook is asked.
+        `answer` is what the hook made of `replay.met`; without it, the hook is asked.
         """
         tokens = replay.tokens.get(block)
         if tokens is None or len(tokens) == 0:
@@ -237,16 +241,15 @@ class RoutedHook:
         x = rows.to(replay.met)
         mean, scale = normalization_stats(x)
         unit = (scale / replay.weight[tokens]).unsqueeze(-1)
-        if result is not None:
-            met, result = _rows(replay.met, tokens), _rows(result, tokens)
+        if answer is not None:
+            met, result = _rows(replay.met, tokens), _rows(answer, tokens)
         else:
             met = (x - mean.unsqueeze(-1)) / unit
             replay.met = _with_rows(replay.met, tokens, met)
             if _only_an_sae(self.hook_point):
                 result = self.hook_point(met.unsqueeze(0)).squeeze(0).to(met)
             else:
-                fired = self._fire(replay.met)
-                result = met if fired is None else _rows(fired, tokens)
+                result = _rows(self._fire(replay.met), tokens)
         # a token that the hook lets be keeps its bits, and still its gradient
         kept = rows + ((result - met) * unit).to(rows)
         edited = (result * unit + mean.unsqueeze(-1)).to(rows)
@@ -257,8 +260,9 @@ class RoutedHook:
 def _only_an_sae(hook_point: nn.Module) -> bool:
     """Whether all there is at the hook is an SAE that nobody watches.
 
-    It treats each token by itself, so in a replay only the tokens of the block need go through it:
-    two passes through the SAE instead of L. A training SAE may couple tokens (batch top-k).
+    It treats each token by itself, so only the tokens of a block need go through it there: once
+    through the SAE for each token instead of L times. A training SAE may couple tokens (batch
+    top-k).
     """
     sae = getattr(hook_point, "sae", None)
     return (

@@ -103,6 +103,8 @@ class FeatureEdit:
         """
         feature, mode, value = (*text.split(":", 2), "", "")[:3]
         try:
+            if mode not in _WORDS:
+                raise ValueError(f"mode={mode!r}: must be one of {', '.join(_WORDS)}")
             number = float(value) if value else None
             return cls(int(feature), cast(EditMode, mode), number)
         except ValueError as error:

@@ -6,7 +6,9 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from html import escape
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ from sae_lens_route.dashboards import (
 )
 from sae_lens_route.features import ActivationBatch, find_contexts
 from sae_lens_route.interpret import Answer
-from sae_lens_route.models import load_model, residual_hook_names
+from sae_lens_route.models import has_transformer_bridge, load_model, residual_hook_names
 
 BLOCKS = [3, 5, 6, 9, 11]
 HOSTILE = "</script><script>document.title='broken'</script><b>&amp;"
@@ -87,8 +89,10 @@ def acts(model, sae, tokens, streams):
 @pytest.fixture(scope="module")
 def page(model, sae, tokens, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "new" / "features.html"
-    scores = {3: 4.5, 7: Answer("low-level", 5, HOSTILE)}
-    return write_dashboard(model, sae, tokens, path, judge_scores=scores, texts=None)
+    strongest = dashboard_data(model, sae, tokens, n_features=2)["features"]
+    answer = Answer("low-level", 5, HOSTILE)
+    scores = {strongest[0]["feature"]: answer, strongest[1]["feature"]: 4.5}
+    return write_dashboard(model, sae, tokens, path, judge_scores=scores)
 
 
 class Page(HTMLParser):
@@ -150,7 +154,7 @@ def test_numbers_are_those_of_encode_layers(page, model, sae, tokens, streams, a
         assert f["density"] == pytest.approx(fires.sum() / counted.sum(), rel=1e-5)
         # the histogram by hand, counted from the edges of its bins
         edges = np.linspace(0, f["max_activation"], N_BINS + 1)
-        expected = [int(((mine > a) & (mine <= b)).sum()) for a, b in zip(edges, edges[1:])]  # noqa: B905
+        expected = [int(((mine > a) & (mine <= b)).sum()) for a, b in pairwise(edges)]
         assert sum(f["histogram"]) == fires.sum()
         assert np.abs(np.array(f["histogram"]) - expected).sum() <= 2  # at an edge, by rounding
         assert f["layer_counts"] == [int((fires & (layer == i)).sum()) for i in range(len(BLOCKS))]
@@ -217,7 +221,7 @@ def test_route_heatmap_and_texts_show_the_router(model, sae):
     assert list(figure.data[1].y) == [str(BLOCKS[i]) for i in routing.layer[0].tolist()]
     data = dashboard_data(model, sae, ids, texts=[text], n_features=1)
     assert data["texts"][0]["layer"] == routing.layer[0].tolist()
-    assert pytest.approx(z) == np.array(data["texts"][0]["probs"]).T
+    assert np.array_equal(np.array(data["texts"][0]["probs"]).T, z)
 
 
 def test_a_store_and_its_tokens_give_the_same_page(model, sae):
@@ -228,6 +232,24 @@ def test_a_store_and_its_tokens_give_the_same_page(model, sae):
     again = RoutedActivationsStore.from_sae(model, sae, dataset, store_batch_size_prompts=4)
     tokens = torch.cat(list(again.token_batches(6 * 48)))
     assert from_store == dashboard_data(model, sae, tokens, n_features=4)
+
+
+@pytest.mark.parametrize("model_class", ["TransformerBridge", "AutoModelForCausalLM"])
+def test_other_kinds_of_model(model, sae, tokens, model_class):
+    if model_class == "TransformerBridge" and not has_transformer_bridge():
+        pytest.skip("this transformer-lens has no TransformerBridge")
+    text = "The cat sat on the mat."
+    expected = dashboard_data(model, sae, tokens[:4], n_features=5, texts=[text])
+    other = load_model(TINYLLAMA, model_class)
+    its_sae = routed_sae(other)
+    its_sae.load_state_dict(sae.state_dict())
+    data = dashboard_data(other, its_sae, tokens[:4], n_features=5, texts=[text])
+    assert data["blocks"] == BLOCKS and data["hook_names"] != expected["hook_names"]
+    assert data["share"] == expected["share"]
+    assert data["texts"][0]["layer"] == expected["texts"][0]["layer"]
+    for mine, theirs in zip(data["features"], expected["features"], strict=True):
+        assert mine["feature"] == theirs["feature"]
+        assert mine["max_activation"] == pytest.approx(theirs["max_activation"], rel=1e-4)
 
 
 @pytest.mark.parametrize("routing", ["soft", "uniform"])
@@ -283,17 +305,8 @@ def test_page_is_one_file_that_asks_for_nothing(page):
     assert not [a for tag, a in parsed.attributes if "src" in a or tag == "link"]
     policy = [a["content"] for _, a in parsed.attributes if "http-equiv" in a]
     assert "default-src 'none'" in policy[0]
-    for needed in [
-        "search",
-        "index",
-        "selector",
-        "histogram",
-        "layers",
-        "violin",
-        "contexts",
-        "heatmap",
-        "shares",
-    ]:
+    panels = ["histogram", "layers", "violin", "contexts", "heatmap", "shares"]
+    for needed in ["search", "index", "selector", *panels]:
         assert parsed.ids.count(needed) == 1
     # beside plotly, a page of 32 features is small
     assert len(text) - len(parsed.scripts[0]) < 2e6
@@ -301,9 +314,7 @@ def test_page_is_one_file_that_asks_for_nothing(page):
 
 def test_hostile_text_stays_text(page):
     parsed = Page(page.read_text(encoding="utf-8"))
-    (answer,) = [f for f in parsed.data["features"] if f["feature"] == 7] or [None]
-    if answer is not None:
-        assert answer["explanation"] == HOSTILE
+    assert parsed.data["features"][0]["explanation"] == HOSTILE
     data = {**parsed.data, "model": HOSTILE, "words": [HOSTILE for _ in parsed.data["words"]]}
     again = Page(dashboard_html(data))
     assert len(again.scripts) == 3 and again.tags == parsed.tags
@@ -315,31 +326,22 @@ def test_hostile_text_stays_text(page):
 CHROMIUM = next(
     (p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None
 )
+BROWSER_OPTIONS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    # a proxy that does not exist: whatever a page asks for fails
+    "--proxy-server=127.0.0.1:9",
+    *("--enable-logging=stderr", "--v=0", "--virtual-time-budget=20000"),
+    *("--window-size=1400,1200", "--dump-dom"),
+]
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page with")
 
 
 def open_page(url, profile):
     """The document after its scripts ran, and what the browser's console said; no network."""
     profile.mkdir()
-    # a proxy that does not exist: whatever the page asked for would fail
-    arguments = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--proxy-server=127.0.0.1:9",
-        "--enable-logging=stderr",
-        "--v=0",
-        "--virtual-time-budget=20000",
-        "--window-size=1400,1200",
-        "--dump-dom",
-    ]
     done = subprocess.run(
-        [CHROMIUM, *arguments, f"--user-data-dir={profile}", url],
+        [CHROMIUM, *BROWSER_OPTIONS, f"--user-data-dir={profile}", url],
         capture_output=True,
         text=True,
         encoding="utf-8",
@@ -366,7 +368,6 @@ def test_a_browser_draws_the_selected_feature(page, tmp_path):
     assert console == [] and "data-error" not in root
     assert root["data-ready"] == "yes"
     assert root["data-feature"] == str(selected["feature"])
-    print("interactive after", root["data-ready-ms"], "ms")
     # strips: one per context, a span per token, the colours where it fires
     names = count_classes(dom)
     assert names["strip"] == len(selected["contexts"])
@@ -374,7 +375,9 @@ def test_a_browser_draws_the_selected_feature(page, tmp_path):
     shown = [float(v) for v in re.findall(r'data-act="([^"]+)"', dom)]
     assert shown == [act for c in selected["contexts"] for act in c["acts"]]
     assert names["top"] == len(selected["contexts"])
-    assert f"block {BLOCKS[selected['contexts'][0]['layer'][0]]}" in dom or selected["contexts"]
+    best = selected["contexts"][0]
+    layer, weight = best["layer"][best["at"]], best["weight"][best["at"]]
+    assert f"block {BLOCKS[layer]}, route weight {weight:g}" in dom  # on hover
     # plots: bars of three, violins, the heat map and its marks
     assert names["js-plotly-plot"] == 5
     assert names["heatmaplayer"] >= 1 and re.search(r'class="hm"', dom)
@@ -389,7 +392,6 @@ def test_a_browser_draws_the_selected_feature(page, tmp_path):
 def test_a_browser_shows_hostile_text_and_moves_between_features(page, tmp_path):
     parsed = Page(page.read_text(encoding="utf-8"))
     data = {**parsed.data, "model": HOSTILE, "words": [HOSTILE for _ in parsed.data["words"]]}
-    data["features"][0].update(explanation=HOSTILE, category="low-level", score=3)
     # a user who searches, sorts and steps on, at the end of the page
     last = data["features"][-1]["feature"]
     user = f"""<script>setTimeout(() => {{
@@ -410,3 +412,6 @@ def test_a_browser_shows_hostile_text_and_moves_between_features(page, tmp_path)
     assert root["data-sorted"] == ",".join(map(str, sorted(features)))
     assert int(root["data-found"]) >= 1
     assert root["data-feature"] == str(last)
+    # every token of its strips is the text, not what the text spells
+    names = count_classes(dom)
+    assert dom.count(f">{escape(HOSTILE, quote=False)}</span>") == names["token"] > 0

@@ -356,6 +356,29 @@ def test_gradients_against_finite_differences(style):
 
 
 @torch.enable_grad()
+def test_gradients_of_an_sae_that_was_added():
+    model = hooked_model("llama", RouteSAETransformer, n_layers=5, d=16).requires_grad_(False)
+    sae, tokens = route_sae([1, 2, 3], d=16).requires_grad_(), some_tokens(2, 5)
+    generator = torch.Generator().manual_seed(0)
+    readout = torch.randn(2, 5, VOCAB, generator=generator, dtype=torch.float64)
+
+    def loss():
+        return (model.run_with_saes(tokens, saes=[sae]) * readout).sum()
+
+    names, parameters = zip(*sae.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(loss(), parameters)
+    assert "W_router" in names
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        values = []
+        with torch.no_grad():
+            for step in (1e-6, -2e-6, 1e-6):
+                parameter += step * direction
+                values.append(loss())
+        close((gradient * direction).sum(), (values[0] - values[1]) / 2e-6, 1e-5)
+
+
+@torch.enable_grad()
 def test_attribution_at_an_unchanged_hook():
     """Backward hooks and an exact error term leave the value alone; gradients flow nevertheless."""
     model = hooked_model("llama").requires_grad_(False)

@@ -38,6 +38,8 @@ from sae_lens_route.steering import (
 )
 
 ROUTED, N_LAYERS = [1, 2, 4], 6
+LLAMAS = [kind for kind in KINDS if kind.endswith("llama")]
+GPT2S = [kind for kind in KINDS if kind.endswith("gpt2")]
 EDITS = [
     FeatureEdit(3, "set", 6.0),
     FeatureEdit(70, "add", -2.5),
@@ -50,8 +52,14 @@ PROMPT = "A list of header names"
 
 @pytest.fixture
 def small(make_model):  # noqa: F811
-    """`small(kind)`: a model and a RouteSAE for it that steers strongly."""
-    return lambda kind="hooked-llama": (make_model(kind, N_LAYERS), route_sae(ROUTED, seed=1))
+    """`small(kind)`: a model and a RouteSAE for it, as if trained without BOS and EOS."""
+
+    def make(kind="hooked-llama"):
+        sae = route_sae(ROUTED, seed=1, k=48)
+        sae.cfg.metadata.exclude_special_tokens = True
+        return make_model(kind, N_LAYERS), sae
+
+    return make
 
 
 def edited_latents(z):
@@ -175,18 +183,18 @@ def test_steered_texts_against_brute_force(small, kind, where):
     model, sae = small(kind)
     hooks_before = list(model.hook_dict)
     cached, uncached = (
-        steer(model, sae, PROMPT, EDITS, where=where, max_new_tokens=12, use_cache=use_cache)
+        steer(model, sae, PROMPT, EDITS, where=where, max_new_tokens=8, use_cache=use_cache)
         for use_cache in (True, False)
     )
     assert list(model.hook_dict) == hooks_before
 
     n_prompt, n_new = len(ids_of(cached, False)), len(ids_of(cached, True))
-    assert n_new == 12
+    assert n_new == 8
     assert ids_of(cached) == ids_of(uncached) and cached.text == uncached.text
     assert cached.clean_token_ids == uncached.clean_token_ids
     assert cached.clean_token_ids != tuple(ids_of(cached, True))
 
-    # BOS is no token that an SAE learns from by default; the last token is never read
+    # the SAE knows nothing of BOS; the token written last is never read
     steered = torch.zeros(1, n_prompt + n_new, dtype=torch.bool)
     steered[:, 1:n_prompt] = where != "generated"
     steered[:, n_prompt:-1] = where != "prompt"
@@ -220,21 +228,21 @@ def test_steered_texts_against_brute_force(small, kind, where):
         assert last.block is last.weight is last.before is last.after is None
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LLAMAS)
 def test_edits_that_change_nothing_give_the_clean_text(small, kind):
     model, sae = small(kind)
     for options in ({}, {"do_sample": True, "temperature": 1.5}):
-        result = steer(model, sae, PROMPT, NO_CHANGE, max_new_tokens=10, seed=4, **options)
+        result = steer(model, sae, PROMPT, NO_CHANGE, max_new_tokens=6, seed=4, **options)
         assert result.text == result.clean_text
         assert tuple(ids_of(result, True)) == result.clean_token_ids
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GPT2S)
 def test_sampling(small, kind):
     model, sae = small(kind)
 
     def sampled(seed, **options):
-        options = {"do_sample": True, "max_new_tokens": 10, **options}
+        options = {"do_sample": True, "max_new_tokens": 6, **options}
         return steer(model, sae, PROMPT, EDITS, seed=seed, **options)
 
     state = torch.random.get_rng_state()
@@ -246,8 +254,8 @@ def test_sampling(small, kind):
     assert ids_of(sampled(1)) != ids_of(first)
     greedy = sampled(0, do_sample=False)
     for options in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}):
-        assert sampled(0, **options).text == greedy.text
-        assert sampled(0, **options).clean_text == greedy.clean_text
+        nearly_greedy = sampled(0, **options)
+        assert nearly_greedy.text == greedy.text and nearly_greedy.clean_text == greedy.clean_text
 
 
 def test_several_prompts(small):
@@ -277,13 +285,11 @@ def test_how_a_prompt_begins(small, monkeypatch):
 
     with_bos = steered()
     assert ids_of(with_bos, False) == [bos, *plain]
-    assert not with_bos.tokens[0].steered and with_bos.tokens[1].steered
-    sae.cfg.metadata.exclude_special_tokens = False
-    everywhere = steered()
-    sae.cfg.metadata.exclude_special_tokens = True
-    assert [t.steered for t in everywhere.tokens[:-1]] == [True] * (len(plain) + 4)
-    assert steered() == with_bos._replace(tokens=steered().tokens)
-    assert not steered().tokens[0].steered
+    assert [t.steered for t in with_bos.tokens] == [False] + [True] * (len(plain) + 3) + [False]
+    for excluded in (False, None, [plain[1]]):
+        sae.cfg.metadata.exclude_special_tokens = excluded
+        flags = [t.steered for t in steered().tokens]
+        assert flags[0] and flags[1] and flags[2] == (excluded != [plain[1]])
     sae.cfg.metadata.prepend_bos = False
     assert ids_of(steered(), False) == plain
     sae.cfg.metadata.prepend_bos = True
@@ -296,9 +302,9 @@ def test_how_a_prompt_begins(small, monkeypatch):
     assert ids_of(steered(chat_template=False), False) == [bos, *plain]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GPT2S)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_tokenizer_whose_padding_is_bos(small, monkeypatch, kind, side):
+def test_a_tokenizer_whose_padding_is_bos(small, kind, side):
     """As GPT-2's in TransformerLens, which then looks for padding in what it is given."""
     model, sae = small(kind)
     tokenizer = model.tokenizer
@@ -311,16 +317,19 @@ def test_a_tokenizer_whose_padding_is_bos(small, monkeypatch, kind, side):
         tokenizer.pad_token, tokenizer.padding_side = pad, padding_side
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_end_of_a_text(small, monkeypatch, kind):
-    """A text ends at the tokenizer's EOS, which is not shown."""
+@pytest.mark.parametrize("kind", LLAMAS)
+def test_the_end_of_a_text(small, kind):
+    """A text ends at the tokenizer's EOS."""
     model, sae = small(kind)
-    free = steer(model, sae, PROMPT, EDITS, max_new_tokens=8)
-    stop = ids_of(free, True)[4]
-    n = ids_of(free, True).index(stop) + 1
-    monkeypatch.setattr(type(model.tokenizer), "eos_token_id", property(lambda self: stop))
-    ended = steer(model, sae, PROMPT, EDITS, max_new_tokens=8)
-    assert ids_of(ended, True) == ids_of(free, True)[:n]
+    free = ids_of(steer(model, sae, PROMPT, EDITS, max_new_tokens=6), True)
+    tokenizer = model.tokenizer
+    stop, eos = free[3], tokenizer.eos_token
+    try:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop)
+        ended = steer(model, sae, PROMPT, EDITS, max_new_tokens=6)
+    finally:
+        tokenizer.eos_token = eos
+    assert ids_of(ended, True) == free[: free.index(stop) + 1]
 
 
 # --- mistakes ------------------------------------------------------------------------------------
@@ -416,7 +425,7 @@ def test_a_result_as_text_and_as_json(small):
 
 # --- what steering is for ------------------------------------------------------------------------
 
-N_FEATURES, N_TOP = 24, 10
+N_FEATURES, N_TOP = 32, 10
 
 
 def sign_test(n_raised, n):
@@ -441,7 +450,7 @@ def demo():
 
 @pytest.fixture(scope="module")
 def own_tokens(demo):
-    """Feature -> the tokens that are its own, for 24 features drawn from those that fire often.
+    """Feature -> the tokens that are its own, for 32 features drawn from those that fire often.
 
     They are next-token statistics of training text, with no model output in them: the tokens v
     that follow the strongest quarter of the feature's activations, by their share in the divergence
@@ -451,7 +460,7 @@ def own_tokens(demo):
     store = RoutedActivationsStore.from_sae(model, sae, "demo:train")
     acts, following = [], []
     with torch.no_grad(), attach(model, sae) as handle:
-        for tokens in store.token_batches(16_000):
+        for tokens in store.token_batches(24_000):
             _, cache = model.run_with_cache(tokens, names_filter=handle.name, stop_at_layer=12)
             kept = store.kept(tokens)[:, :-1]
             acts.append(sae.encode(cache[handle.name])[:, :-1][kept])
@@ -459,7 +468,7 @@ def own_tokens(demo):
     acts, following = torch.cat(acts), torch.cat(following)
     n_vocab = model.cfg.d_vocab
     base = following.bincount(minlength=n_vocab) / len(following)
-    often = ((acts > 0).sum(0) >= 60).nonzero().flatten().tolist()
+    often = ((acts > 0).sum(0) >= 100).nonzero().flatten().tolist()
     own = {}
     for feature in random.Random(0).sample(often, N_FEATURES):
         z = acts[:, feature]
@@ -471,6 +480,8 @@ def own_tokens(demo):
 
 
 def mass(logits, tokens):
+    """Probability of the token set. Not its logarithm: that rises for tokens of other features too
+    (42 of 48), because a disturbed model is less sure of everything."""
     return logits.softmax(-1)[..., tokens].sum(-1)
 
 
@@ -485,7 +496,7 @@ def rises(model, sae, edit, tokens, steered, of):
 
 def test_clamping_raises_a_features_own_tokens_on_prompts(demo, own_tokens):
     model, sae, heldout = demo
-    tokens = heldout[:2, :64]
+    tokens = heldout[:4, :64]
     steered = tokens > 1  # neither BOS nor EOS
     own, other = [], []
     for feature, following in own_tokens.items():
@@ -502,18 +513,28 @@ def test_clamping_raises_a_features_own_tokens_on_prompts(demo, own_tokens):
 
 
 def test_clamping_raises_a_features_own_tokens_on_generated_text(demo, own_tokens):
-    """Steered while they are written, the prompt not: the reference touches none of these."""
+    """Steered while they are written, the prompts not: the reference touches none of these."""
     model, sae, heldout = demo
+    prompts, n_new = heldout[:, :16], 12
     own = []
-    for i, (feature, following) in enumerate(own_tokens.items()):
+    for feature, following in own_tokens.items():
         edit = FeatureEdit(feature, "set", default_clamp(sae.cfg.d_in))
-        prompt = model.tokenizer.decode(heldout[i % len(heldout), 1:17])
-        result = steer(model, sae, prompt, edit, where="generated", max_new_tokens=8)
-        steered = torch.tensor([[token.steered for token in result.tokens]])
-        if not steered.any():  # the text ended at once
-            continue
-        assert steered.sum() == len(ids_of(result, True)) - 1
-        tokens = torch.tensor([ids_of(result)])
+        hook_function = edit_features(sae, edit)
+
+        def while_writing(x, hook, hook_function=hook_function):
+            return hook_function(x) if x.shape[1] == 1 else x
+
+        with attach(model, sae) as handle, model.hooks(fwd_hooks=[(handle.name, while_writing)]):
+            tokens = model.generate(
+                prompts,
+                max_new_tokens=n_new,
+                do_sample=False,
+                stop_at_eos=False,
+                return_type="tokens",
+                verbose=False,
+            )
+        steered = torch.zeros_like(tokens, dtype=torch.bool)
+        steered[:, prompts.shape[1] : -1] = True
         own += rises(model, sae, edit, tokens, steered, of=(following,))
     n_raised = sum(r > 0 for r in own)
     print(
