@@ -372,8 +372,8 @@ def steer(
 
     Raises:
         ValueError: before any work, for a field that cannot be used, a prompt that does not fit
-            into the model's context with what is to be written, or a soft-routed SAE, which can
-            only be read.
+            into the model's context with what is to be written, a soft-routed SAE, which can only
+            be read, or an SAE that cannot be attached.
     """
     edits = _checked_edits(edits, sae)
     if sae.cfg.routing == "soft":
@@ -391,6 +391,7 @@ def steer(
     all_ids = [_prompt_ids(tokenizer, sae, text, chat_template) for text in prompts]
     for text, ids in zip(prompts, all_ids, strict=True):
         _require_fit(model, text, len(ids), max_new_tokens)
+    attach(model, sae).remove()  # raises what it has to say about the model before any work
     untrained = set(_untrained_token_ids(tokenizer, sae))
 
     results = []

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from html import escape
 from html.parser import HTMLParser
@@ -277,7 +278,8 @@ def test_selection_order_dead_features_and_what_is_refused(model, sae, tokens):
 
 
 def test_sae_dashboard_says_how_to_install_it(model, sae, tokens, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "sae_dashboard", None)
+    for name in ("sae_dashboard", "sae_dashboard.data_writing_fns"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=re.escape("pip install 'sae-lens-route[dashboard]'")):
         sae_dashboard_data(model, sae, tokens)
 

@@ -388,8 +388,9 @@ def test_mistakes_are_found_before_any_work(small, monkeypatch, kind, options, m
         steer(model, sae, **options)
 
 
-def test_other_mistakes(small):
+def test_other_mistakes(small, monkeypatch):
     model, sae = small()
+    monkeypatch.setattr(model, "generate", None)
     soft = route_sae(ROUTED, routing="soft")
     with pytest.raises(ValueError, match="routing='soft'"):
         steer(model, soft, PROMPT, EDITS)
@@ -425,7 +426,7 @@ def test_a_result_as_text_and_as_json(small):
 
 # --- what steering is for ------------------------------------------------------------------------
 
-N_FEATURES, N_TOP = 32, 10
+N_FEATURES, N_TOP = 40, 10
 
 
 def sign_test(n_raised, n):
@@ -444,13 +445,13 @@ def demo():
     with torch.enable_grad():
         sae = runner.run().requires_grad_(False)
     store = RoutedActivationsStore.from_sae(runner.model, sae, "demo:heldout")
-    heldout = torch.cat(list(store.token_batches(8 * 256)))
+    heldout = torch.cat(list(store.token_batches(4 * 256)))
     return runner.model, sae, heldout
 
 
 @pytest.fixture(scope="module")
 def own_tokens(demo):
-    """Feature -> the tokens that are its own, for 32 features drawn from those that fire often.
+    """Feature -> the tokens that are its own, for 40 features drawn from those that fire often.
 
     They are next-token statistics of training text, with no model output in them: the tokens v
     that follow the strongest quarter of the feature's activations, by their share in the divergence
@@ -496,7 +497,7 @@ def rises(model, sae, edit, tokens, steered, of):
 
 def test_clamping_raises_a_features_own_tokens_on_prompts(demo, own_tokens):
     model, sae, heldout = demo
-    tokens = heldout[:4, :64]
+    tokens = heldout[:4, :48]
     steered = tokens > 1  # neither BOS nor EOS
     own, other = [], []
     for feature, following in own_tokens.items():
@@ -506,16 +507,17 @@ def test_clamping_raises_a_features_own_tokens_on_prompts(demo, own_tokens):
         own.append(rise[0])
         other.append(rise[1])
     n_raised, n_others = sum(r > 0 for r in own), sum(r > 0 for r in other)
+    n_more = sum(a > b for a, b in zip(own, other, strict=True))
     print(f"prompts: own tokens rise for {n_raised} of {len(own)}, mean {sum(own) / len(own):.4f}")
-    print(f"tokens of another feature: {n_others}, mean {sum(other) / len(other):.4f}")
-    assert len(own) >= 20 and sign_test(n_raised, len(own)) < 0.01
-    assert sum(own) > 3 * sum(other)
+    print(f"another feature's: for {n_others}, mean {sum(other) / len(other):.4f}; less: {n_more}")
+    assert len(own) >= 20
+    assert sign_test(n_raised, len(own)) < 0.01 and sign_test(n_more, len(own)) < 0.01
 
 
 def test_clamping_raises_a_features_own_tokens_on_generated_text(demo, own_tokens):
     """Steered while they are written, the prompts not: the reference touches none of these."""
     model, sae, heldout = demo
-    prompts, n_new = heldout[:, :16], 12
+    prompts, n_new = heldout[:4, :16], 9
     own = []
     for feature, following in own_tokens.items():
         edit = FeatureEdit(feature, "set", default_clamp(sae.cfg.d_in))
