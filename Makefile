@@ -28,15 +28,15 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 test-dashboard: $(DASHBOARD_STAMP)
-	$(DASHBOARD)/bin/python -m pytest tests/test_sae_dashboard.py tests/test_models.py \
-	  tests/test_golden.py tests/test_splice.py tests/test_splice_tools.py
+	$(DASHBOARD)/bin/python -m pytest tests/test_sae_dashboard.py tests/test_dashboards.py \
+	  tests/test_models.py tests/test_golden.py tests/test_splice.py tests/test_splice_tools.py
 
 $(DASHBOARD_STAMP): pyproject.toml constraints/dashboard.txt
 	test -x $(DASHBOARD)/bin/python || $(PYTHON) -m venv $(DASHBOARD)
 	$(DASHBOARD_PIP) torch
 	$(DASHBOARD_PIP) -e . frozendict tabulate eindex-callum dataclasses-json hf-transfer \
 	  pytest pytest-timeout hypothesis
-	$(DASHBOARD_PIP) --no-deps sae-dashboard==0.8.0 sae-vis==0.3.7
+	$(DASHBOARD_PIP) --no-deps sae-dashboard==0.8.0
 	touch $(DASHBOARD_STAMP)
 
 check: $(STAMP)

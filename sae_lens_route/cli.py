@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -420,6 +421,91 @@ def interpret(
             judge = Judge(model, base_url=base_url, concurrency=concurrency)
             run = judge.run(table, output, n_features=n_features, seed=seed)
             typer.echo(json.dumps(run.summary._asdict(), indent=1))
+        typer.echo(f"wrote {output}")
+
+
+class Where(str, Enum):
+    """Tokens to steer."""
+
+    prompt = "prompt"
+    generated = "generated"
+    both = "both"
+
+
+@app.command()
+def steer(
+    path: Annotated[Path, typer.Argument(help="A folder with a saved RouteSAE.")],
+    prompt: Annotated[str, typer.Argument(help="What the model goes on from.")],
+    edit: Annotated[
+        list[str],
+        typer.Option(help="FEATURE:set|add|scale:VALUE or FEATURE:ablate; repeatable."),
+    ],
+    where: Annotated[Where, typer.Option(help="Which tokens to steer.")] = Where.both,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.01, help="Sample at this temperature; without it, greedy.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    chat_template: Annotated[bool, typer.Option(help="Use the tokenizer's, if it has one.")] = True,
+    device: Annotated[str, typer.Option(help="Where the model and the SAE go.")] = "cpu",
+    output: Annotated[Path | None, typer.Option(help="Also write everything as JSON.")] = None,
+) -> None:
+    """Let the model write with features edited, beside what it writes without."""
+    with _one_line_errors():
+        from sae_lens_route.steering import FeatureEdit, render
+        from sae_lens_route.steering import steer as steer_text
+
+        edits = [FeatureEdit.parse(text) for text in edit]
+        model, sae = _load_sae_and_model(path, device)
+        result = steer_text(
+            model,
+            sae,
+            prompt,
+            edits,
+            where=where.value,
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature is not None,
+            temperature=temperature or 1.0,
+            seed=seed,
+            chat_template=chat_template,
+        )
+        typer.echo(render(result))
+        if output is not None:
+            output.write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+            typer.echo(f"wrote {output}")
+
+
+@app.command()
+def dashboard(
+    path: Annotated[Path, typer.Argument(help="A folder with a saved RouteSAE.")],
+    dataset: Annotated[str | None, typer.Option(help="Text; by default as for `eval`.")] = None,
+    feature: Annotated[
+        list[int] | None, typer.Option(help="A feature to show; repeatable. [default: strongest]")
+    ] = None,
+    n_features: Annotated[int, typer.Option(min=1, help="How many of the strongest.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to read.")] = 50_000,
+    device: Annotated[str, typer.Option(help="Where the model and the SAE go.")] = "cpu",
+    output: Annotated[
+        Path | None, typer.Option(help="HTML file; by default dashboard.html in PATH.")
+    ] = None,
+) -> None:
+    """One page of features that opens with no network: activations, contexts, layers, routes."""
+    with _one_line_errors():
+        from sae_lens_route.activations import RoutedActivationsStore
+        from sae_lens_route.dashboards import write_dashboard
+
+        model, sae = _load_sae_and_model(path, device)
+        store = RoutedActivationsStore.from_sae(model, sae, dataset or _held_out_text(sae))
+        output = output or path / "dashboard.html"
+        write_dashboard(
+            model,
+            sae,
+            store,
+            output,
+            features=feature or None,
+            n_features=n_features,
+            max_tokens=max_tokens,
+        )
         typer.echo(f"wrote {output}")
 
 

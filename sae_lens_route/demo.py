@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sae_lens import SAE
 
 from sae_lens_route.activations import RoutedActivationsStore
+from sae_lens_route.dashboards import write_dashboard
 from sae_lens_route.evals import ReconstructionMetrics, evaluate, reconstruction_metrics
 from sae_lens_route.plots import routing_weights, training_curve, write_figure
 from sae_lens_route.runner import (
@@ -18,7 +19,7 @@ from sae_lens_route.runner import (
     RouteSAETrainingRunner,
     require_new_folder,
 )
-from sae_lens_route.saes import RouteTopKTrainingSAEConfig
+from sae_lens_route.saes import RoutedSAE, RouteTopKTrainingSAEConfig
 
 D_MODEL = 128
 
@@ -28,8 +29,8 @@ def demo_config(
 ) -> RouteSAERunnerConfig:
     """The demo's run: the paper's settings at the size of the embedded model.
 
-    Only what its size asks for differs: context 256 (all it has), k 16 of d 128, and 8 contexts a
-    step instead of 64, so that a million tokens are 488 steps.
+    Only what its size asks for differs: context 256 (all it has), k 16 of d 128, and 512 tokens a
+    step instead of 32,768, so that a million tokens are 1,953 steps.
     """
     return RouteSAERunnerConfig(
         sae=RouteTopKTrainingSAEConfig(d_in=D_MODEL, d_sae=8 * D_MODEL, k=k),
@@ -38,6 +39,7 @@ def demo_config(
         context_size=256,
         training_tokens=training_tokens,
         store_batch_size_prompts=8,
+        train_batch_size_tokens=512,
         n_checkpoints=1,
         output_path=str(output_path),
         seed=seed,
@@ -51,7 +53,7 @@ def run_demo(
     eval_tokens: int = 50_000,
     seed: int = 42,
 ) -> dict[str, Any]:
-    """Train, save, load, evaluate; writes `sae/`, `report.json` and two figures.
+    """Train, save, load, evaluate; writes `sae/`, `report.json`, two figures and a dashboard.
 
     Args:
         output: A new folder.
@@ -71,7 +73,7 @@ def run_demo(
     runner.run()
     training_seconds = time.perf_counter() - training_started
 
-    sae = SAE.load_from_disk(output / "sae")
+    sae = cast(RoutedSAE, SAE.load_from_disk(output / "sae"))
     text = RoutedActivationsStore.from_sae(runner.model, sae, "demo:train")
     evaluation = evaluate(runner.model, sae, "demo:heldout", max_tokens=eval_tokens)
     metrics: dict[str, ReconstructionMetrics] = {
@@ -86,6 +88,9 @@ def run_demo(
         *write_figure(routing_weights(metrics, blocks), output / "routing_weights"),
         *write_figure(training_curve([json.loads(line) for line in log]), output / "training"),
     ]
+    text = RoutedActivationsStore.from_sae(runner.model, sae, "demo:heldout")
+    pages = output / "dashboard.html"
+    write_dashboard(runner.model, sae, text, pages, n_features=32, max_tokens=eval_tokens)
     heldout = metrics["held-out"]
     report = {
         "norm_mse": heldout.norm_mse,
@@ -98,7 +103,7 @@ def run_demo(
         "seconds": time.perf_counter() - started,
         "train": metrics["train"]._asdict(),
         "held_out": evaluation.to_dict(),
-        "figures": [path.name for path in figures],
+        "figures": [path.name for path in [*figures, pages]],
     }
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     return report

@@ -155,3 +155,18 @@ def test_features_and_interpret(tmp_path):
     assert "not the paper's score" in (folder / "offline_ranking.json").read_text()
     assert call("features", out, *small).exit_code == 2  # already there
     assert call("interpret", tmp_path).exit_code == 2
+
+
+def test_steer_and_dashboard(tmp_path):
+    out = tmp_path / "run"
+    call("train", *as_options(SMALL), "--output-path", out)
+    written = tmp_path / "steered.json"
+    size = ("--max-new-tokens", 4, "--output", written)
+    result = call("steer", out, "def read(", "--edit", "3:set:5", "--edit", "4:ablate", *size)
+    assert result.exit_code == 0, result.output
+    assert json.loads(written.read_text())["prompt"] == "def read("
+    for wrong in ("999:set:5", "3:push:5", "x"):
+        assert call("steer", out, "def", "--edit", wrong).exit_code == 2, wrong
+    result = call("dashboard", out, "--n-features", 2, "--max-tokens", 512)
+    assert result.exit_code == 0, result.output
+    assert (out / "dashboard.html").stat().st_size < 15e6
