@@ -111,7 +111,7 @@ def layer_errors(
 
 @torch.no_grad()
 def reconstruction_metrics(
-    sae: Any, batches: Iterable[Float[Tensor, "tokens L d"]]
+    sae: Any, batches: Iterable[Float[Tensor, "_ L d"]]
 ) -> ReconstructionMetrics:
     """Reconstruction and routing metrics of a RouteSAE over batches of activations.
 
@@ -222,7 +222,7 @@ class DownstreamMetrics(NamedTuple):
 def downstream_metrics(
     model: LanguageModel,
     sae: Any,
-    batches: Iterable[tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]],
+    batches: Iterable[tuple[Int[Tensor, "_ _"], Bool[Tensor, "_ _"]]],
     *,
     unscaled: bool = False,
 ) -> DownstreamMetrics:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from sae_lens_route import RouteTopKSAE, RouteTopKSAEConfig
 from sae_lens_route.router import normalize, route
 
-SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(2, 24))
+# at d = 2 every n(x) is +-(1, -1), so v can be 0 and all layers tie
+SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(3, 24))
 SEED = st.integers(0, 2**31)
 CHECKED = settings(max_examples=50, deadline=None)
 ROUTING = st.sampled_from(["hard", "soft"])
