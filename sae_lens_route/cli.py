@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -293,8 +294,8 @@ def evaluate_sae(
         ours = evaluate(model, sae, text, **size)
         theirs = saelens_metrics(model, sae, text, **size) if ours.downstream else None
         output = output or path / "eval.json"
-        content = {"dataset": text, **size, "ours": ours.to_dict(), "saelens": theirs}
-        output.write_text(json.dumps(content, indent=1) + "\n")
+        content = {"dataset": text, **size, "ours": ours.to_dict(), "saelens": _finite(theirs)}
+        output.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
         typer.echo(f"NormMSE {ours.reconstruction.norm_mse:.4f}, L0 {ours.reconstruction.l0:.1f}")
         for name, result in (
             ("", ours.downstream),
@@ -306,6 +307,15 @@ def evaluate_sae(
                     f"{result.kl_per_512_tokens:.1f} per 512 tokens"
                 )
         typer.echo(f"wrote {output}")
+
+
+def _finite(value: Any) -> Any:
+    """NaN as null: SAELens divides by how often a feature fired, which can be never."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _load_sae_and_model(path: Path, device: str) -> tuple[Any, Any]:
