@@ -1,0 +1,30 @@
+"""The benchmarks run, at sizes that say nothing about speed."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ARGUMENTS = {
+    "contexts.py": ["--tiny"],
+    "routing_collapse.py": ["--training-tokens", 4096, "--eval-tokens", 512, "--seeds", 1],
+    "splice.py": ["--tiny"],
+    "topk_at_block_11.py": ["--training-tokens", 8192, "--eval-tokens", 512, "--seeds", 1],
+    "training_step.py": ["--shape", "tiny", "--rounds", 1, "--work", "{tmp}"],
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_runs_and_writes_json(name, tmp_path, monkeypatch):
+    output = tmp_path / "result.json"
+    arguments = [str(a).format(tmp=tmp_path / "work") for a in ARGUMENTS[name]]
+    monkeypatch.setattr(sys, "argv", [name, *arguments, "--output", str(output)])
+    runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+    assert json.loads(output.read_text())
+
+
+def test_every_benchmark_is_run_here():
+    assert {path.name for path in BENCHMARKS.glob("*.py")} == set(ARGUMENTS)
