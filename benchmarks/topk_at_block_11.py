@@ -2,9 +2,14 @@
 
     python benchmarks/topk_at_block_11.py --output benchmarks/results/topk_at_block_11.json
 
-Both see the same tokens in the same order, with the same k, d_sae, learning rate and schedule. The
-TopK SAE is trained by SAELens's own runner on its own class, with per-token normalisation as the
-RouteSAE has (`layer_norm`), and its other defaults. Both are spliced at the same held-out tokens.
+All see the same tokens in the same order, with the same k, d_sae, learning rate and schedule, and
+are spliced at the same held-out tokens.
+
+- route:           the RouteSAE of the demo;
+- topk_layer_norm: SAELens's TopK SAE from SAELens's own runner with `layer_norm`. Its loss is taken
+                   in the model's units, so the few tokens of large norm weigh most;
+- topk_normalized: SAELens's TopK SAE from SAELens's trainer, on n(x) of block 11 as the paper's
+                   baseline sees it, so that every token weighs the same.
 """
 
 from __future__ import annotations
@@ -13,6 +18,9 @@ import argparse
 import json
 import statistics
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +30,16 @@ from sae_lens import (
     LanguageModelSAERunnerConfig,
     LanguageModelSAETrainingRunner,
     LoggingConfig,
+    TopKTrainingSAE,
     TopKTrainingSAEConfig,
 )
+from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_route.activations import RoutedActivationsStore, load_text_dataset
 from sae_lens_route.demo import demo_config
 from sae_lens_route.evals import evaluate, token_error
 from sae_lens_route.models import load_model
-from sae_lens_route.router import normalize
+from sae_lens_route.router import normalization_stats, normalize
 from sae_lens_route.runner import RouteSAETrainingRunner
 
 HOOK = "blocks.11.hook_resid_post"
@@ -69,9 +79,33 @@ def train_topk(model: Any, route_cfg: Any, folder: Path) -> SAE[Any]:
     return SAE.load_from_disk(folder)
 
 
+def train_topk_normalized(model: Any, route_cfg: Any) -> TopKTrainingSAE:
+    """SAELens's TopK SAE on n(x) of the last routed block, by SAELens's trainer."""
+    torch.manual_seed(route_cfg.seed)
+    store = RoutedActivationsStore.from_config(model, route_cfg)
+    config = TopKTrainingSAEConfig(route_cfg.sae.d_in, route_cfg.sae.d_sae, k=route_cfg.sae.k)
+    batches = (normalize(batch[:, -1]) for batch in store)
+    trainer = SAETrainer(
+        replace(route_cfg.to_sae_trainer_config(), checkpoint_path=None, n_checkpoints=0),
+        TopKTrainingSAE(config),
+        batches,
+    )
+    return trainer.fit()
+
+
+@torch.no_grad()
+def normalized_reconstruction(sae: Any, x: torch.Tensor) -> torch.Tensor:
+    """What an SAE of n(x) puts in the place of x."""
+    mean, scale = normalization_stats(x)
+    return sae(normalize(x)) * scale.unsqueeze(-1) + mean.unsqueeze(-1)
+
+
 @torch.no_grad()
 def evaluate_topk(
-    model: Any, sae: SAE[Any], text: RoutedActivationsStore, max_tokens: int
+    model: Any,
+    reconstruct_stream: Callable[[torch.Tensor], torch.Tensor],
+    text: RoutedActivationsStore,
+    max_tokens: int,
 ) -> dict[str, float]:
     """NormMSE in normalised units and KL in nats per token, at kept tokens."""
     kl, error, n = 0.0, 0.0, 0
@@ -80,7 +114,7 @@ def evaluate_topk(
 
         def reconstruct(x: torch.Tensor, hook: Any, kept: torch.Tensor = kept) -> torch.Tensor:
             nonlocal error
-            x_hat = sae(x)
+            x_hat = reconstruct_stream(x)
             # the error of x_hat in the units the RouteSAE's is measured in: x's own mean and scale
             mean, scale = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
             error += float(token_error(normalize(x), (x_hat - mean) / scale)[kept].sum())
@@ -101,9 +135,14 @@ def compare(seed: int, training_tokens: int, eval_tokens: int) -> dict[str, Any]
         RouteSAETrainingRunner(cfg, override_model=model).run()
         route = SAE.load_from_disk(Path(folder) / "route")
         topk = train_topk(model, cfg, Path(folder) / "topk")
+        normalized = train_topk_normalized(model, cfg)
     evaluation = evaluate(model, route, "demo:heldout", max_tokens=eval_tokens)
     assert evaluation.downstream is not None and evaluation.downstream_unscaled is not None
-    text = RoutedActivationsStore.from_sae(model, route, "demo:heldout")
+
+    def evaluated(reconstruct_stream: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        text = RoutedActivationsStore.from_sae(model, route, "demo:heldout")
+        return evaluate_topk(model, reconstruct_stream, text, eval_tokens)
+
     return {
         "seed": seed,
         "route": {
@@ -113,7 +152,8 @@ def compare(seed: int, training_tokens: int, eval_tokens: int) -> dict[str, Any]
             "share": evaluation.reconstruction.share,
             "kl_by_layer": evaluation.downstream.kl_by_layer,
         },
-        "topk_block_11": evaluate_topk(model, topk, text, eval_tokens),
+        "topk_layer_norm": evaluated(topk),
+        "topk_normalized": evaluated(partial(normalized_reconstruction, normalized)),
     }
 
 
@@ -130,7 +170,7 @@ def main() -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps({**vars(args), "output": None, "runs": runs}, indent=1))
     print(f"{'':16}{'NormMSE':>10}{'KL nats/token':>16}")
-    for name in ("route", "topk_block_11"):
+    for name in ("route", "topk_layer_norm", "topk_normalized"):
         mse = statistics.mean(run[name]["norm_mse"] for run in runs)
         kl = statistics.mean(run[name]["kl"] for run in runs)
         print(f"{name:16}{mse:10.4f}{kl:16.4f}")
