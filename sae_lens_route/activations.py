@@ -23,8 +23,10 @@ from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from jaxtyping import Bool, Float, Int
 from sae_lens import logger
 from sae_lens.config import HfDataset
+from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
 from sae_lens.training.activations_store import ActivationsStore, _get_input_token_device
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name, get_special_token_ids
+from safetensors.torch import load_file
 from torch import Tensor
 from typing_extensions import override
 
@@ -358,8 +360,6 @@ class RoutedActivationsStore(ActivationsStore):
     @override
     def load_from_checkpoint(self, checkpoint_path: str | Path) -> None:
         """Continue where `save_to_checkpoint` stopped: skips the text, runs one pass again."""
-        from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
-        from safetensors.torch import load_file
 
         state = load_file(Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME)
         target = int(state["n_sequences"])
