@@ -25,6 +25,14 @@ edits routed features. One forward pass, with i*(t) the routed block of token t:
    to edited ones. The cache holds the edited ones; once they differ, each entry carries its clean
    twin, which takes its place during the clean half. From then on every pass is replayed.
 
+A crosscoder reads all L streams and writes all of them. At its hook point passes the stack of the
+normalised streams, `[batch, pos, L*d]`, and the steps are the same but for these. *Fire*: once a
+pass, with the clean stack. *Replay*: a token whose vector came back changed gets, after each of the
+L blocks, that block's part of the vector with the clean stream's scale and mean; any other token
+keeps the stream that is there now. As the last of the blocks is written whole too, what was written
+to a token earlier reaches the logits only through attention: through other tokens that were left as
+they are (a BOS that the SAE excludes, positions outside a steering), now or later in a cache.
+
 Gradients flow through all of it, through p and the clean half too. A backward hook at the hook
 point sees one gradient per firing, zero outside the tokens of that block: the sum is the gradient.
 The `hidden_states` that a Hugging Face model returns on request count replayed blocks twice.
@@ -33,13 +41,14 @@ The `hidden_states` that a Hugging Face model returns on request count replayed 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from sae_lens import HookedSAETransformer
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.saes.sae import SAE, TrainingSAE
@@ -49,46 +58,60 @@ from transformer_lens.hook_points import HookPoint
 from transformers import cache_utils
 from typing_extensions import override
 
+from sae_lens_route.baselines import StackedSAE
 from sae_lens_route.models import LanguageModel, d_model, decoder_blocks
 from sae_lens_route.router import Routing, normalization_stats
 from sae_lens_route.saes import RoutedSAE
 
+AnyHook = TypeVar("AnyHook", bound="StreamsHook")
 
-def attach(model: LanguageModel, sae: RoutedSAE, *, unscaled: bool = False) -> RoutedHook:
-    """Give `model` the routed hook point of `sae`; `.remove()`, or leaving a `with`, takes it away.
+
+@overload
+def attach(model: LanguageModel, sae: RoutedSAE, *, unscaled: bool = ...) -> RoutedHook: ...
+@overload
+def attach(model: LanguageModel, sae: StackedSAE) -> StackedHook: ...
+def attach(
+    model: LanguageModel, sae: RoutedSAE | StackedSAE, *, unscaled: bool = False
+) -> RoutedHook | StackedHook:
+    """Give `model` the hook point of `sae`; `.remove()`, or leaving a `with`, takes it away.
 
     Args:
         model: A HookedTransformer, a TransformerBridge, or SAELens's HookedProxyLM around a Hugging
             Face model (whose own `generate` then goes through the hook as well).
-        sae: A RouteSAE whose metadata names the hook (`hook_name`) and the L residual streams it
-            was trained on (`hook_names`), as any of these models spells them.
+        sae: A RouteSAE or a crosscoder whose metadata names the hook (`hook_name`) and the L
+            residual streams it was trained on (`hook_names`), as any of these models spells them.
         unscaled: Leave p out, at the hook and in the edit, as the paper's code does to evaluate.
 
     Raises:
-        ValueError: a RouteSAE is attached to these blocks already, or the SAE's metadata does not
-            fit the model.
+        ValueError: one is attached to these blocks already, the SAE's metadata does not fit the
+            model, or `unscaled` is asked of a crosscoder, which has no p.
         TypeError: the model has no hook points.
     """
+    if isinstance(sae, StackedSAE):
+        if unscaled:
+            raise ValueError("unscaled=True: a crosscoder has no route probability to leave out")
+        return StackedHook(model, sae)
     return RoutedHook(model, sae, unscaled)
 
 
-class RoutedHook:
-    """A RouteSAE's hook point on a model: what `attach` returns.
+class StreamsHook(ABC):
+    """A hook point fed by the residual streams of several blocks; what `attach` returns.
+
+    Here is what all of them share: the hooks on the blocks, the clean half and the replay. A
+    subclass says what goes through the hook point and how its answer is written to the streams.
 
     Attributes:
         name: of the hook point.
-        routed_blocks: indices of the L blocks that the router chooses from.
-        routing: how the latest pass was routed (detached; its `x_route` is the clean one), or None.
+        routed_blocks: indices of the L blocks whose streams are read.
     """
 
-    def __init__(self, model: LanguageModel, sae: RoutedSAE, unscaled: bool = False) -> None:
+    def __init__(self, model: LanguageModel, sae: RoutedSAE | StackedSAE) -> None:
         if not hasattr(model, "hook_dict"):
             raise TypeError(
                 f"a {type(model).__name__} has no hook points; wrap a Hugging Face model in "
                 "SAELens's HookedProxyLM(model, tokenizer)"
             )
-        self.model, self.sae, self.unscaled = model, sae, unscaled
-        self.routing: Routing | None = None
+        self.model, self.sae = model, sae
         self._blocks = decoder_blocks(model)
         self.name, self.routed_blocks = _read_metadata(sae, d_model(model), len(self._blocks))
         self._first, self._last = self.routed_blocks[0], self.routed_blocks[-1]
@@ -97,8 +120,8 @@ class RoutedHook:
         for index in range(self._first, self._last + 1):
             if (other := attached_to(self._blocks[index])) is not None:
                 raise ValueError(
-                    f"block {index} has a RouteSAE attached already, at {other.name!r}; "
-                    "remove() that one first"
+                    f"block {index} has a {type(other.sae).__name__} attached already, at "
+                    f"{other.name!r}; remove() that one first"
                 )
         self._place = _place(model, self._blocks[self._last], self.name)
         self._place.add()
@@ -124,9 +147,9 @@ class RoutedHook:
                 handle.remove()
             self._handles.clear()
             self._place.remove()
-            self._pass = self.routing = None
+            self._pass = None
 
-    def __enter__(self) -> RoutedHook:
+    def __enter__(self: AnyHook) -> AnyHook:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -166,14 +189,84 @@ class RoutedHook:
     # --- steps 2 to 4 ----------------------------------------------------------------------------
 
     def _finish(self, current: _Pass, output: Any) -> Any:
-        """Route and fire; what the last block puts out after a replay, None without one."""
+        """Read and fire; what the last block puts out after a replay, None without one."""
         stream = current.streams[self._first]
-        streams = [other.to(self.sae.W_router.device) for other in current.streams.values()]
+        streams = [other.to(self.sae.W_enc.device) for other in current.streams.values()]
         current.streams.clear()
-        routing = self.sae.route(torch.stack(streams, dim=-2))
+        reading = self._read(torch.stack(streams, dim=-2))
         del streams
-        self.routing = Routing(*(part.detach() for part in routing))
-        x_route, weight = routing.x_route, routing.weight
+        cache_is_edited = any(call.has_twin for call in current.calls.values())
+        current.replay = self._replay(reading, cache_is_edited)
+        if current.replay is None:
+            return None
+        # what enters the first routed block was not edited: its tokens are done with one firing
+        stream = self._edit(stream, self._first, current.replay)
+        output = _with_stream(output, stream)
+        for index in range(self._first + 1, self._last + 1):
+            output = current.calls[index].again(self._blocks[index], stream)
+            stream = _stream(output)
+        return output
+
+    @abstractmethod
+    def _read(self, x: Float[Tensor, "batch pos L d"]) -> Any:
+        """What the SAE makes of the clean streams before it encodes."""
+
+    @abstractmethod
+    def _replay(self, reading: Any, cache_is_edited: bool) -> Any:
+        """Fire; what `_edit` needs, or None where nothing was edited, now or in the cache."""
+
+    @abstractmethod
+    def _edit(
+        self, stream: Float[Tensor, "batch pos d"], block: int, replay: Any
+    ) -> Float[Tensor, "batch pos d"]:
+        """The stream after `block`, edited."""
+
+    def _fire(self, value: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
+        """What the hook makes of `value`; `value` itself if it lets it be.
+
+        A hook may write in place, so it gets a copy. The copy's version counter tells; a tensor of
+        the inference mode has none.
+        """
+        with torch.inference_mode(False):
+            given = value.clone()
+        version = given._version
+        result = self.hook_point(given)
+        if result is given and given._version == version:
+            return value
+        if result.shape != value.shape:
+            raise ValueError(
+                f"a hook at {self.name!r} returned {list(result.shape)} for {list(value.shape)}"
+            )
+        return result.to(value)
+
+
+class RoutedHook(StreamsHook):
+    """A RouteSAE's hook point on a model.
+
+    Attributes:
+        routing: how the latest pass was routed (detached; its `x_route` is the clean one), or None.
+    """
+
+    sae: RoutedSAE
+
+    def __init__(self, model: LanguageModel, sae: RoutedSAE, unscaled: bool = False) -> None:
+        self.unscaled = unscaled
+        self.routing: Routing | None = None
+        super().__init__(model, sae)
+
+    @override
+    def remove(self) -> None:
+        super().remove()
+        self.routing = None
+
+    @override
+    def _read(self, x: Float[Tensor, "batch pos L d"]) -> Routing:
+        return self.sae.route(x)
+
+    @override
+    def _replay(self, reading: Routing, cache_is_edited: bool) -> _Replay | None:
+        self.routing = Routing(*(part.detach() for part in reading))
+        x_route, weight = reading.x_route, reading.weight
         if self.unscaled:
             x_route, weight = x_route / weight.unsqueeze(-1), torch.ones_like(weight)
 
@@ -181,80 +274,102 @@ class RoutedHook:
             answer, edited = None, True  # it will be asked block by block
         else:
             answer = self._fire(x_route)
-            # a new tensor may carry gradients, and these flow only through a replay
-            edited = answer is not x_route and (
-                answer.requires_grad or not torch.equal(answer, x_route)
-            )
-        if not edited and not any(call.has_twin for call in current.calls.values()):
+            edited = _is_edited(answer, x_route)
+        if not edited and not cache_is_edited:
             return None
         if self.sae.cfg.routing == "soft":
             raise ValueError(
                 f"{self.name!r} was edited under soft routing, which mixes all blocks and so has "
                 "no single one to write to; only reading works"
             )
-
-        layer = routing.layer.flatten()
+        layer = reading.layer.flatten()
         counts = layer.bincount(minlength=len(self.routed_blocks)).tolist()
         tokens = dict(zip(self.routed_blocks, layer.argsort().split(counts), strict=True))
-        current.replay = _Replay(tokens, weight.flatten().to(x_route), x_route)
-        # what enters the first routed block was not edited: its tokens are done with this firing
-        stream = self._edit(stream, self._first, current.replay, answer)
-        output = _with_stream(output, stream)
-        for index in range(self._first + 1, self._last + 1):
-            output = current.calls[index].again(self._blocks[index], stream)
-            stream = _stream(output)
-        return output
+        return _Replay(tokens, weight.flatten().to(x_route), x_route, answer)
 
-    def _fire(self, x_route: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
-        """What the hook makes of `x_route`; `x_route` itself if it lets it be.
-
-        A hook may write in place, so it gets a copy. The copy's version counter tells; a tensor of
-        the inference mode has none.
-        """
-        with torch.inference_mode(False):
-            given = x_route.clone()
-        version = given._version
-        result = self.hook_point(given)
-        if result is given and given._version == version:
-            return x_route
-        if result.shape != x_route.shape:
-            raise ValueError(
-                f"a hook at {self.name!r} returned {list(result.shape)} for {list(x_route.shape)}"
-            )
-        return result.to(x_route)
-
+    @override
     def _edit(
-        self,
-        stream: Float[Tensor, "batch pos d"],
-        block: int,
-        replay: _Replay,
-        answer: Float[Tensor, "batch pos d"] | None = None,
+        self, stream: Float[Tensor, "batch pos d"], block: int, replay: _Replay
     ) -> Float[Tensor, "batch pos d"]:
-        """The stream after `block`, edited at the tokens that are routed there.
-
-        `answer` is what the hook made of `replay.met`; without it, the hook is asked.
-        """
+        """The stream after `block`, edited at the tokens that are routed there."""
+        answer, replay.answer = replay.answer, None  # it holds for the first routed block only
         tokens = replay.tokens.get(block)
         if tokens is None or len(tokens) == 0:
             return stream
         rows = _rows(stream, tokens)
         x = rows.to(replay.met)
         mean, scale = normalization_stats(x)
-        unit = (scale / replay.weight[tokens]).unsqueeze(-1)
+        mean, unit = mean.unsqueeze(-1), (scale / replay.weight[tokens]).unsqueeze(-1)
         if answer is not None:
             met, result = _rows(replay.met, tokens), _rows(answer, tokens)
         else:
-            met = (x - mean.unsqueeze(-1)) / unit
+            met = (x - mean) / unit
             replay.met = _with_rows(replay.met, tokens, met)
             if _only_an_sae(self.hook_point):
                 result = self.hook_point(met.unsqueeze(0)).squeeze(0).to(met)
             else:
                 result = _rows(self._fire(replay.met), tokens)
-        # a token that the hook lets be keeps its bits, and still its gradient
-        kept = rows + ((result - met) * unit).to(rows)
-        edited = (result * unit + mean.unsqueeze(-1)).to(rows)
-        same = (result == met).all(dim=-1, keepdim=True).to(rows.device)
-        return _with_rows(stream, tokens, torch.where(same, kept, edited))
+        same = (result == met).all(dim=-1, keepdim=True)
+        return _with_rows(stream, tokens, _written(rows, met, result, mean, unit, same))
+
+
+class StackedHook(StreamsHook):
+    """A crosscoder's hook point on a model: all L streams at once."""
+
+    sae: StackedSAE
+
+    @override
+    def _read(self, x: Float[Tensor, "batch pos L d"]) -> _Stack:
+        return _Stack(self.sae.stack(x), *normalization_stats(x.to(self.sae.dtype)))
+
+    @override
+    def _replay(self, reading: _Stack, cache_is_edited: bool) -> _StackReplay | None:
+        answer = self._fire(reading.value)
+        if not _is_edited(answer, reading.value) and not cache_is_edited:
+            return None
+        same = (answer == reading.value).all(dim=-1, keepdim=True)
+        return _StackReplay(reading, answer, same)
+
+    @override
+    def _edit(
+        self, stream: Float[Tensor, "batch pos d"], block: int, replay: _StackReplay
+    ) -> Float[Tensor, "batch pos d"]:
+        """The stream after `block`, written at the tokens whose vector came back changed."""
+        if block not in self.routed_blocks:
+            return stream
+        value, mean, scale = replay.clean
+        layer, width = self.routed_blocks.index(block), stream.shape[-1]
+        here = slice(layer * width, (layer + 1) * width)
+        return _written(
+            stream,
+            value[..., here],
+            replay.answer[..., here],
+            mean[..., layer, None],
+            scale[..., layer, None],
+            replay.same,
+        )
+
+
+def _is_edited(answer: Tensor, value: Tensor) -> bool:
+    """Whether a hook changed `value`; a new tensor may carry gradients, which flow in a replay."""
+    return answer is not value and (answer.requires_grad or not torch.equal(answer, value))
+
+
+def _written(
+    rows: Float[Tensor, "... d"],
+    met: Float[Tensor, "... d"],
+    result: Float[Tensor, "... d"],
+    mean: Float[Tensor, "... 1"],
+    unit: Float[Tensor, "... 1"],
+    same: Bool[Tensor, "... 1"],
+) -> Float[Tensor, "... d"]:
+    """Streams with `result * unit + mean` in place of `rows`, but where nothing was changed.
+
+    There a token keeps its bits, and its gradient is that of adding `(result - met) * unit`.
+    """
+    kept = rows + ((result - met) * unit).to(rows)
+    edited = (result * unit + mean).to(rows)
+    return torch.where(same.to(rows.device), kept, edited)
 
 
 def _only_an_sae(hook_point: nn.Module) -> bool:
@@ -306,7 +421,7 @@ class _Pass:
     """Outputs of the routed blocks."""
     calls: dict[int, _Call] = field(default_factory=dict)
     """Calls of the blocks after the first routed one."""
-    replay: _Replay | None = None
+    replay: _Replay | _StackReplay | None = None
 
 
 @dataclass
@@ -317,6 +432,26 @@ class _Replay:
     """p of every token."""
     met: Float[Tensor, "batch pos d"]
     """The activation every token met at its own block; the clean one until it gets there."""
+    answer: Float[Tensor, "batch pos d"] | None
+    """What the hook made of the clean `met`, for the first routed block; None if it asks itself."""
+
+
+class _Stack(NamedTuple):
+    value: Float[Tensor, "batch pos Ld"]
+    """The normalised streams, one after the other: what goes through the hook."""
+    mean: Float[Tensor, "batch pos L"]
+    """Mean of each stream."""
+    scale: Float[Tensor, "batch pos L"]
+    """Scale of each stream."""
+
+
+class _StackReplay(NamedTuple):
+    clean: _Stack
+    """What the crosscoder read."""
+    answer: Float[Tensor, "batch pos Ld"]
+    """What the hook made of it."""
+    same: Bool[Tensor, "batch pos 1"]
+    """The tokens that it let be."""
 
 
 class _Call:
@@ -472,16 +607,16 @@ def _place(model: Any, block: nn.Module, name: str) -> _Place:
     return (_Place if isinstance(model, HookedTransformer) else _PlaceOnBridge)(model, block, name)
 
 
-def attached_to(block: nn.Module) -> RoutedHook | None:
-    """The routed hook that watches this block."""
+def attached_to(block: nn.Module) -> StreamsHook | None:
+    """The hook of a RouteSAE or crosscoder that watches this block."""
     for hook in block._forward_hooks.values():
         owner = getattr(getattr(hook, "func", None), "__self__", None)
-        if isinstance(owner, RoutedHook):
+        if isinstance(owner, StreamsHook):
             return owner
     return None
 
 
-def _read_metadata(sae: RoutedSAE, width: int, n_blocks: int) -> tuple[str, list[int]]:
+def _read_metadata(sae: RoutedSAE | StackedSAE, width: int, n_blocks: int) -> tuple[str, list[int]]:
     """The hook's name and the routed blocks, checked against the model's width and depth."""
     name, names = sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_names
     if not name or not names:
@@ -498,10 +633,11 @@ def _read_metadata(sae: RoutedSAE, width: int, n_blocks: int) -> tuple[str, list
         )
     if not name.startswith(f"blocks.{blocks[-1]}."):
         raise ValueError(f"hook_name={name!r} must begin with the last block, blocks.{blocks[-1]}.")
-    if (len(blocks), width) != (sae.cfg.n_routed_layers, sae.cfg.d_in):
+    field = "d_model" if isinstance(sae, StackedSAE) else "d_in"
+    if (len(blocks), width) != (sae.cfg.n_routed_layers, getattr(sae.cfg, field)):
         raise ValueError(
             f"{len(blocks)} hook_names and a model of width {width} do not fit an SAE with "
-            f"n_routed_layers={sae.cfg.n_routed_layers} and d_in={sae.cfg.d_in}"
+            f"n_routed_layers={sae.cfg.n_routed_layers} and {field}={getattr(sae.cfg, field)}"
         )
     return name, blocks
 
@@ -510,23 +646,23 @@ def _read_metadata(sae: RoutedSAE, width: int, n_blocks: int) -> tuple[str, list
 
 
 class RouteSAETransformer(HookedSAETransformer):
-    """A HookedSAETransformer that attaches a RouteSAE by itself wherever one is added.
+    """A HookedSAETransformer that attaches RouteSAEs and crosscoders by itself where one is added.
 
-    `add_sae`, `saes()`, `run_with_saes` and its kin take RouteSAEs beside ordinary SAEs; resetting
+    `add_sae`, `saes()`, `run_with_saes` and its kin take them beside ordinary SAEs; resetting
     one detaches it. One that was attached by hand (to choose `unscaled`, say) stays attached.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._routed_hooks: dict[str, RoutedHook] = {}
+        self._routed_hooks: dict[str, StreamsHook] = {}
 
     @override
     def add_sae(self, sae: SAE[Any], *args: Any, **kwargs: Any) -> None:
-        if isinstance(sae, RoutedSAE):
+        if isinstance(sae, RoutedSAE | StackedSAE):
             self._attach(sae)
         super().add_sae(sae, *args, **kwargs)
 
-    def _attach(self, sae: RoutedSAE) -> None:
+    def _attach(self, sae: RoutedSAE | StackedSAE) -> None:
         name = sae.cfg.metadata.hook_name
         attached = (attached_to(block) for block in self.blocks)
         if any(hook is not None and hook.name == name and hook.sae is sae for hook in attached):

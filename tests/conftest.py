@@ -12,8 +12,9 @@ from pathlib import Path
 from jaxtyping import install_import_hook
 
 PACKAGE = Path(__file__).parents[1] / "sae_lens_route"
-# not saes: SAELens builds its configurations with the metadata as a dict and sets the type after
-CHECKED = [f"sae_lens_route.{file.stem}" for file in PACKAGE.glob("*.py") if file.stem != "saes"]
+# SAELens builds SAE configurations with the metadata as a dict and sets the type after
+UNCHECKED = {"saes", "baselines"}
+CHECKED = [f"sae_lens_route.{f.stem}" for f in PACKAGE.glob("*.py") if f.stem not in UNCHECKED]
 # TransformerLens 2.x pins a beartype too old to read some of these annotations
 if int(version("beartype").split(".")[1]) >= 18:
     install_import_hook(CHECKED, "beartype.beartype")
