@@ -11,7 +11,7 @@ DASHBOARD_STAMP := $(DASHBOARD)/installed
 DASHBOARD_PIP := $(DASHBOARD)/bin/python -m pip install --quiet --disable-pip-version-check
 DASHBOARD_PIP += -c constraints/dashboard.txt
 
-.PHONY: install demo test test-dashboard check docs clean
+.PHONY: install demo reproduce test test-dashboard check docs clean
 
 install: $(STAMP)
 
@@ -24,12 +24,19 @@ $(STAMP): pyproject.toml constraints/tested.txt
 demo: $(STAMP)
 	$(BIN)/sae-lens-route demo --output demo-output
 
+# the paper's experiments on the demo model; rewrites the tables of docs/reproduction.md
+reproduce: $(STAMP)
+	$(BIN)/sae-lens-route reproduce --output reproduction --page docs/reproduction.md
+	cp reproduction/*.svg docs/images/
+	cp reproduction/reproduction.json docs/reproduction.json
+
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
 test-dashboard: $(DASHBOARD_STAMP)
 	$(DASHBOARD)/bin/python -m pytest tests/test_sae_dashboard.py tests/test_dashboards.py \
-	  tests/test_models.py tests/test_golden.py tests/test_splice.py tests/test_splice_tools.py
+	  tests/test_models.py tests/test_golden.py tests/test_splice.py tests/test_splice_tools.py \
+	  tests/test_architectures.py tests/test_baselines.py
 
 $(DASHBOARD_STAMP): pyproject.toml constraints/dashboard.txt
 	test -x $(DASHBOARD)/bin/python || $(PYTHON) -m venv $(DASHBOARD)

@@ -22,12 +22,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from jaxtyping import Float
-from sae_lens.registry import (
-    SAE_CLASS_REGISTRY,
-    SAE_TRAINING_CLASS_REGISTRY,
-    register_sae_class,
-    register_sae_training_class,
-)
 from sae_lens.saes.sae import (
     SAE,
     SAEConfig,
@@ -51,8 +45,14 @@ from sae_lens.saes.topk_sae import (
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_route.router import normalize
-from sae_lens_route.saes import normalized_mse
+from sae_lens_route.router import RoutingMode, normalize
+from sae_lens_route.saes import (
+    RouteTopKSAEConfig,
+    RouteTopKTrainingSAE,
+    RouteTopKTrainingSAEConfig,
+    normalized_mse,
+    register,
+)
 
 L1Norm = Literal["decoder", "none"]
 
@@ -287,20 +287,49 @@ class TopKTrainingCrosscoder(StackedTrainingSAE, TopKTrainingSAE):
     cfg: TopKTrainingCrosscoderConfig  # type: ignore[assignment]
 
 
-def _register(
-    sae: type[SAE],
-    config: type[SAEConfig],
-    training_sae: type[TrainingSAE],
-    training_config: type[TrainingSAEConfig],
-) -> None:
-    architecture = config.architecture()
-    SAE_CLASS_REGISTRY.pop(architecture, None)
-    SAE_TRAINING_CLASS_REGISTRY.pop(architecture, None)
-    register_sae_class(architecture, sae, config)
-    register_sae_training_class(architecture, training_sae, training_config)
+@dataclass(kw_only=True)
+class MultiLayerTopKTrainingConfig(RouteTopKTrainingSAEConfig):
+    """Training configuration of a multi-layer SAE with TopK (Lawson et al. 2024, MLSAE).
+
+    Saved as a RouteSAE with uniform routing, which reads one random layer of each token: what it is
+    evaluated as.
+    """
+
+    routing: RoutingMode = "uniform"
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "multi_layer_topk"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.routing != "uniform":
+            raise ValueError(
+                f"routing={self.routing!r}: a multi-layer SAE has no router; it must be 'uniform'"
+            )
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return RouteTopKSAEConfig
 
 
-_register(Crosscoder, CrosscoderConfig, TrainingCrosscoder, TrainingCrosscoderConfig)
-_register(
-    TopKCrosscoder, TopKCrosscoderConfig, TopKTrainingCrosscoder, TopKTrainingCrosscoderConfig
-)
+class MultiLayerTopKTrainingSAE(RouteTopKTrainingSAE):
+    """One dictionary for the normalised residual streams of all L layers, L vectors per token.
+
+    A step encodes all of them, so it costs L times a RouteSAE's.
+    """
+
+    cfg: MultiLayerTopKTrainingConfig  # type: ignore[assignment]
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """One step on residual streams; the output's tensors have `tokens * L` rows."""
+        step_input = self.begin_step(step_input)
+        every_layer = normalize(step_input.sae_in.to(self.dtype)).flatten(0, -2)
+        return TopKTrainingSAE.training_forward_pass(self, replace(step_input, sae_in=every_layer))
+
+
+register(TrainingCrosscoder, TrainingCrosscoderConfig, Crosscoder, CrosscoderConfig)
+register(TopKTrainingCrosscoder, TopKTrainingCrosscoderConfig, TopKCrosscoder, TopKCrosscoderConfig)
+register(MultiLayerTopKTrainingSAE, MultiLayerTopKTrainingConfig)

@@ -85,17 +85,20 @@ def _options() -> dict[str, _Option]:
         ("logger", LoggingConfig),
     ]
     for owner, cls in parts:
-        texts = _documented_arguments(cls)
-        for field in dataclasses.fields(cls):
-            if field.name in _FILLED_IN or field.name in options:
-                continue  # device and dtype belong to both and are the runner's
-            default = None if field.default is dataclasses.MISSING else field.default
-            written = field.type.__name__ if isinstance(field.type, type) else str(field.type)
-            type_name = re.sub(r"typing\.|\s*\| None", "", written)
-            options[field.name] = _Option(
-                field.name, owner, type_name, default, texts.get(field.name, "")
-            )
+        for option in _options_of(cls, owner):
+            options.setdefault(option.field, option)  # device and dtype: both's, so the runner's
     return options
+
+
+def _options_of(cls: type, owner: str) -> Iterator[_Option]:
+    texts = _documented_arguments(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in _FILLED_IN:
+            continue
+        default = None if field.default is dataclasses.MISSING else field.default
+        written = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+        type_name = re.sub(r"typing\.|\s*\| None", "", written)
+        yield _Option(field.name, owner, type_name, default, texts.get(field.name, ""))
 
 
 def _train_signature(function: Callable[..., None]) -> Callable[..., None]:
@@ -132,7 +135,7 @@ def _parse(option: _Option, text: str) -> Any:
     """A value as YAML reads it, so that lists, numbers, booleans and null are written plainly."""
     if option.type_name == "str":
         return None if text in ("null", "none", "None") else text
-    if option.field == "routed_layers" and (span := re.fullmatch(r"(\d+)-(\d+)", text)):
+    if option.field in ("routed_layers", "blocks") and (span := re.fullmatch(r"(\d+)-(\d+)", text)):
         return list(range(int(span[1]), int(span[2]) + 1))
     value = yaml.safe_load(text)
     if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+e[-+]?\d+", text):
@@ -194,7 +197,10 @@ def _read_config_file(path: Path | None) -> dict[str, Any]:
         return {}
     if not path.exists():
         raise ValueError(f"--config={str(path)!r}: no such file")
-    content = yaml.safe_load(path.read_text())  # JSON is YAML
+    try:
+        content = yaml.safe_load(path.read_text())  # JSON is YAML
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config={str(path)!r}: not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config={str(path)!r}: must hold fields and values")
     options = _options()
@@ -224,23 +230,172 @@ def train(
 
         runner = RouteSAETrainingRunner(cfg)
         if dry_run:
-            _print_plan(cfg)
+            typer.echo(yaml.safe_dump(cfg.to_dict(), sort_keys=False))
+            _print_plan(cfg, cfg.memory_estimate())
             return
         runner.run()
         typer.echo(f"wrote {cfg.output_path}")
 
 
-def _print_plan(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    typer.echo(yaml.safe_dump(cfg.to_dict(), sort_keys=False))
+def _print_plan(cfg: LanguageModelSAERunnerConfig[Any], memory: dict[str, int]) -> None:
     typer.echo(
         f"steps: {cfg.total_training_steps:,} of {cfg.train_batch_size_tokens:,} tokens "
         f"({cfg.lr_warm_up_steps:,} warm-up, {cfg.lr_decay_steps:,} decay)"
     )
-    memory = cfg.memory_estimate()  # type: ignore[attr-defined]
     typer.echo("memory beside the language model:")
     for name, n_bytes in memory.items():
         typer.echo(f"  {name:15} {n_bytes / 1e9:8.3f} GB")
     typer.echo(f"  {'total':15} {sum(memory.values()) / 1e9:8.3f} GB on {cfg.device}")
+
+
+# --- sweep -------------------------------------------------------------------------------------
+
+
+@app.command()
+def sweep(
+    config: Annotated[
+        Path,
+        typer.Option(help="YAML or JSON file: fields as for `train`, and `runs` and `seeds`."),
+    ],
+    output_path: Annotated[Path | None, typer.Option(help="Goes before the file's.")] = None,
+    device: Annotated[str | None, typer.Option(help="Goes before the file's.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Held-out text; by default the demo corpus's, for the demo corpus."),
+    ] = None,
+    eval_tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to read.")] = 50_000,
+    resume_from_checkpoint: Annotated[
+        Path | None, typer.Option(help="Go on from this checkpoint of the sweep.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the dictionaries, memory and steps; stop.")
+    ] = False,
+) -> None:
+    """Train many dictionaries on one stream of activations, and compare them on held-out text."""
+    with _one_line_errors():
+        from sae_lens_route.activations import load_text_dataset
+        from sae_lens_route.plots import tradeoff, write_figure
+        from sae_lens_route.sweep import SweepRunner, evaluate_sweep, expand_runs
+
+        content = _read_config_file(config)
+        given = {
+            "output_path": output_path,
+            "device": device,
+            "resume_from_checkpoint": resume_from_checkpoint,
+        }
+        content |= {name: str(value) for name, value in given.items() if value is not None}
+        runs, seeds = content.pop("runs", None), content.pop("seeds", None)
+        cfg = runner_config(content)
+        if cfg.output_path is None:
+            raise ValueError("output_path: name a folder for the dictionaries and the table")
+        if not isinstance(runs, dict) or not runs:
+            raise ValueError("runs: name at least one dictionary to train, as `LABEL: {k: 16}`")
+        seeds = [cfg.seed] if seeds is None else seeds
+        if not isinstance(seeds, list) or any(type(seed) is not int for seed in seeds):
+            raise ValueError(f"seeds={seeds!r}: must be a list of int")
+        settings = {
+            str(label): _run_settings(label, run, content, cfg) for label, run in runs.items()
+        }
+        entries = expand_runs(settings, cfg.sae.d_in, seeds)
+        text = dataset or _held_out_text(cfg.dataset_path)
+        load_text_dataset(text)  # a mistake there ends in its error now, not after training
+        runner = SweepRunner(cfg, entries)
+        if dry_run:
+            _print_sweep(runner)
+            _print_plan(cfg, runner.memory_estimate())
+            return
+        saes = runner.run()
+        result = evaluate_sweep(runner.model, entries, saes, text, max_tokens=eval_tokens)
+        folder = Path(cfg.output_path)
+        written = result.write(folder)
+        for metric in ("norm_mse", "kl"):
+            if any(row.get(metric) is not None for row in result.rows):
+                written += write_figure(tradeoff(result.rows, metric), folder / f"{metric}_by_l0")
+        _print_rows(
+            ["", "parameters", "L0", "NormMSE", "KL", "dead"],
+            [
+                [
+                    row["name"],
+                    f"{row['n_parameters']:,}",
+                    f"{row['l0']:.1f}",
+                    f"{row['norm_mse']:.4f}",
+                    "-" if row.get("kl") is None else f"{row['kl']:.4f}",
+                    row["dead_features"],
+                ]
+                for row in result.rows
+            ],
+        )
+        typer.echo('KL in nats per token; "-" where there is no one block to splice into')
+        typer.echo(f"wrote {len(entries)} dictionaries, each to its folder in {folder}")
+        for path in written:
+            typer.echo(f"wrote {path}")
+
+
+def _run_settings(label: Any, run: Any, content: dict[str, Any], cfg: Any) -> dict[str, Any]:
+    """A run's own fields, and those the file gives for all runs that its architecture has."""
+    from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
+    from sae_lens_route.sweep import SPARSITY_FIELDS
+
+    run = {} if run is None else run
+    if not isinstance(run, dict):
+        raise ValueError(f"run {label!r} of the sweep: {run!r} must be fields and values")
+    architecture = run.get("architecture", "route_topk")
+    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+        return run  # `expand_runs` says what there is
+    of_architecture = _options_of(SAE_TRAINING_CLASS_REGISTRY[architecture][1], "sae")
+    options = {option.field: option for option in of_architecture}
+    shared = {name for name, option in _options().items() if option.owner == "sae"}
+    settings: dict[str, Any] = {"d_sae": cfg.sae.d_sae, "device": cfg.device, "dtype": cfg.dtype}
+    settings |= {name: content[name] for name in content if name in shared and name in options}
+    options["blocks"] = _Option("blocks", "sae", "list[int]", None, "")
+    settings.pop("d_in", None)
+    for name, value in run.items():
+        option = options.get(name)
+        several = name in SPARSITY_FIELDS and isinstance(value, list)
+        values = value if several else [value]
+        if option is not None:
+            values = [_parse(option, v) if isinstance(v, str) else v for v in values]
+            try:
+                values = [_checked(option, v) for v in values]
+            except ValueError as error:
+                raise ValueError(f"run {label!r} of the sweep: {error}") from error
+        settings[name] = values if several else values[0]
+    return settings
+
+
+def _print_sweep(runner: Any) -> None:
+    """The dictionaries of a sweep before it starts."""
+    from sae_lens_route.sweep import SPARSITY_FIELDS
+
+    def sparsity(sae: Any) -> str:
+        given = {name: getattr(sae, name, None) for name in SPARSITY_FIELDS}
+        return " ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+
+    _print_rows(
+        ["", "architecture", "sparsity", "d_sae", "blocks", "seed", "parameters"],
+        [
+            [
+                name,
+                sae.cfg.architecture(),
+                sparsity(sae.cfg),
+                f"{sae.cfg.d_sae:,}",
+                " ".join(map(str, sae.cfg.metadata.routed_layers)),
+                runner.entries[name].seed,
+                f"{sum(p.numel() for p in sae.parameters()):,}",
+            ]
+            for name, sae in runner.saes.items()
+        ],
+    )
+
+
+def _print_rows(header: list[str], rows: list[list[Any]]) -> None:
+    """A table with aligned columns; numbers to the right."""
+    cells = [header, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        first, *rest = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        typer.echo("  ".join([first.strip().ljust(widths[0]), *rest]))
 
 
 # --- demo and info -----------------------------------------------------------------------------
@@ -289,7 +444,7 @@ def evaluate_sae(
         from sae_lens_route.evals import evaluate, saelens_metrics
 
         model, sae = _load_sae_and_model(path, device)
-        text = dataset or _held_out_text(sae)
+        text = dataset or _held_out_text(sae.cfg.metadata.dataset_path)
         size = {"max_tokens": max_tokens, "batch_size": batch_size}
         ours = evaluate(model, sae, text, **size)
         theirs = saelens_metrics(model, sae, text, **size) if ours.downstream else None
@@ -336,12 +491,10 @@ def _load_sae_and_model(path: Path, device: str) -> tuple[Any, Any]:
     return load_model(metadata.model_name, kind, device=device, **kwargs), sae
 
 
-def _held_out_text(sae: Any) -> str:
-    if sae.cfg.metadata.dataset_path == "demo":
+def _held_out_text(trained_on: str) -> str:
+    if trained_on == "demo":
         return "demo:heldout"
-    raise ValueError(
-        f"--dataset: name held-out text; the SAE was trained on {sae.cfg.metadata.dataset_path!r}"
-    )
+    raise ValueError(f"--dataset: name held-out text; training reads {trained_on!r}")
 
 
 @app.command()
@@ -384,7 +537,7 @@ def features(
         else:
             options = ContextOptions(threshold, tuple(also or ()), min_contexts=min_contexts)
         model, sae = _load_sae_and_model(path, device)
-        text = dataset or _held_out_text(sae)
+        text = dataset or _held_out_text(sae.cfg.metadata.dataset_path)
         store = RoutedActivationsStore.from_sae(
             model, sae, text, store_batch_size_prompts=batch_size
         )
@@ -505,7 +658,9 @@ def dashboard(
         from sae_lens_route.dashboards import write_dashboard
 
         model, sae = _load_sae_and_model(path, device)
-        store = RoutedActivationsStore.from_sae(model, sae, dataset or _held_out_text(sae))
+        store = RoutedActivationsStore.from_sae(
+            model, sae, dataset or _held_out_text(sae.cfg.metadata.dataset_path)
+        )
         output = output or path / "dashboard.html"
         write_dashboard(
             model,
@@ -517,6 +672,78 @@ def dashboard(
             max_tokens=max_tokens,
         )
         typer.echo(f"wrote {output}")
+
+
+@app.command()
+def reproduce(
+    output: Annotated[Path, typer.Option(help="Folder; what is there is not made again.")] = Path(
+        "reproduction"
+    ),
+    config: Annotated[
+        Path | None, typer.Option(help="A run as `train --config` takes it. [default: the demo's]")
+    ] = None,
+    k: Annotated[int | None, typer.Option(min=1, help="Sparsity of the main comparison.")] = None,
+    other_k: Annotated[
+        list[int] | None, typer.Option(help="Another sparsity for the trade-off; repeatable.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the main comparison.")] = 3,
+    dataset: Annotated[
+        str | None, typer.Option(help="Held-out text; the demo has its own.")
+    ] = None,
+    eval_tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to read.")] = 20_000,
+    feature_tokens: Annotated[
+        int, typer.Option(min=1, help="Held-out tokens to find features in.")
+    ] = 30_000,
+    judge: Annotated[
+        str | None, typer.Option(help="Judge model; without one only the offline statistic.")
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible endpoint; key in OPENAI_API_KEY.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Markdown file whose marked tables are rewritten.")
+    ] = None,
+) -> None:
+    """The paper's tables and figures: every method trained on one stream and evaluated alike."""
+    with _one_line_errors():
+        from sae_lens_route.reproduction import (
+            DEMO_K,
+            DEMO_OTHER_KS,
+            DEMO_TOKENS,
+            Reproduction,
+            reproduce,
+        )
+
+        if page is not None and not page.exists():
+            raise ValueError(f"--page={str(page)!r}: no such file")
+        if config is None:
+            from sae_lens_route.demo import demo_config
+
+            cfg = demo_config(output, training_tokens=DEMO_TOKENS)
+            ks, others = k or DEMO_K, DEMO_OTHER_KS if other_k is None else tuple(other_k)
+            dataset = dataset or "demo:heldout"
+        else:
+            cfg = runner_config(_read_config_file(config))
+            ks, others = k or cfg.sae.k, tuple(other_k or ())
+            if dataset is None:
+                raise ValueError("--dataset: name held-out text to evaluate on")
+        what = Reproduction(
+            cfg=cfg,
+            k=ks,
+            other_ks=others,
+            seeds=tuple(range(seeds)),
+            eval_dataset=dataset,
+            eval_tokens=eval_tokens,
+            feature_tokens=feature_tokens,
+            output=output,
+            judge=judge,
+            base_url=base_url,
+        )
+        content = reproduce(what, page=page)
+        typer.echo(
+            f"{len(content['methods'])} dictionaries in {content['seconds'] / 60:.0f} minutes"
+        )
+        typer.echo(f"wrote {output}" + ("" if page is None else f" and the tables of {page}"))
 
 
 @app.command()

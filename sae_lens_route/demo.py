@@ -78,7 +78,7 @@ def run_demo(
     evaluation = evaluate(runner.model, sae, "demo:heldout", max_tokens=eval_tokens)
     metrics: dict[str, ReconstructionMetrics] = {
         "train": reconstruction_metrics(sae, text.activation_batches(eval_tokens)),
-        "held-out": evaluation.reconstruction,
+        "held-out": cast(ReconstructionMetrics, evaluation.reconstruction),
     }
 
     n_tokens = cfg.total_training_steps * cfg.step_tokens

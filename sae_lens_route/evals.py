@@ -14,7 +14,8 @@ Tokens that training left out (`exclude_special_tokens`) are neither spliced nor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -24,11 +25,13 @@ from jaxtyping import Bool, Float, Int
 from sae_lens.evals import get_eval_everything_config, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from sae_lens_route.activations import RoutedActivationsStore
+from sae_lens_route.baselines import StackedSAE
 from sae_lens_route.models import LanguageModel, decoder_blocks
-from sae_lens_route.router import Routing, normalize
-from sae_lens_route.splice import RoutedHook, attach
+from sae_lens_route.router import Routing
+from sae_lens_route.splice import StreamsHook, attach
 
 
 class ReconstructionMetrics(NamedTuple):
@@ -69,44 +72,84 @@ class ReconstructionMetrics(NamedTuple):
 
 
 class _Sums:
-    """Running sums on the device, read off it once at the end."""
+    """Running sums of a RouteSAE's metrics on the device, read off it once at the end."""
 
-    def __init__(self, n_layers: int, d_in: int, d_sae: int, device: torch.device) -> None:
-        like = {"dtype": torch.float64, "device": device}
+    def __init__(self, sae: Any) -> None:
+        cfg = self.cfg = sae.cfg
+        self.sae = sae
+        like = {"dtype": torch.float64, "device": sae.W_dec.device}
         self.n = 0
         self.error = torch.zeros((), **like)
         self.squared_error = torch.zeros((), **like)
-        self.x = torch.zeros(d_in, **like)
+        self.x = torch.zeros(cfg.d_in, **like)
         self.x_squared = torch.zeros((), **like)
-        self.fired = torch.zeros(d_sae, **like)
-        self.tokens = torch.zeros(n_layers, **like)
-        self.probs = torch.zeros(n_layers, **like)
+        self.fired = torch.zeros(cfg.d_sae, **like)
+        self.tokens = torch.zeros(cfg.n_routed_layers, **like)
+        self.probs = torch.zeros(cfg.n_routed_layers, **like)
         self.weight = torch.zeros((), **like)
         self.margin = torch.zeros((), **like)
-        self.routed_error = torch.zeros(n_layers, **like)
-        self.layer_error = torch.zeros(n_layers, **like)
+        self.routed_error = torch.zeros(cfg.n_routed_layers, **like)
+        self.layer_error = torch.zeros(cfg.n_routed_layers, **like)
         self.best_error = torch.zeros((), **like)
+
+    def add(self, x: Float[Tensor, "tokens L d"]) -> None:
+        routing = self.sae.route(x)
+        feature_acts = self.sae.encode(routing.x_route)
+        x_hat = self.sae.decode(feature_acts)
+        errors = self.sae.layer_errors(x, routing)
+        error = token_error(routing.x_route, x_hat)
+        chosen = torch.nn.functional.one_hot(routing.layer, x.shape[-2]).to(torch.float64)
+        top = routing.probs.topk(min(2, x.shape[-2]), dim=-1).values
+        self.n += len(x)
+        self.error += error.sum()
+        self.squared_error += (routing.x_route - x_hat).pow(2).sum()
+        self.x += routing.x_route.sum(0)
+        self.x_squared += routing.x_route.pow(2).sum()
+        self.fired += (feature_acts != 0).sum(0)
+        self.tokens += chosen.sum(0)
+        self.probs += routing.probs.sum(0)
+        self.weight += routing.weight.sum()
+        self.margin += (top[..., 0] - top[..., -1]).sum()
+        self.routed_error += (chosen * error.unsqueeze(-1)).sum(0)
+        self.layer_error += errors.sum(0)
+        self.best_error += errors.min(-1).values.sum()
+
+    def metrics(self) -> ReconstructionMetrics:
+        if self.n == 0:
+            raise ValueError("no tokens to evaluate: the dataset gave none that are not excluded")
+        n = self.n
+        share = self.tokens / n
+        fixed = self.layer_error / n
+        norm_mse = float(self.error / n)
+        best = float(self.best_error / n)
+        variance = self.x_squared - self.x.pow(2).sum() / n
+        by_layer = [
+            float(e / t) if t > 0 else None
+            for e, t in zip(self.routed_error, self.tokens, strict=True)
+        ]
+        return ReconstructionMetrics(
+            n_tokens=n,
+            norm_mse=norm_mse,
+            explained_variance=float(1 - self.squared_error / variance),
+            l0=float(self.fired.sum() / n),
+            dead_features=int((self.fired == 0).sum()),
+            share=share.tolist(),
+            mean_probs=(self.probs / n).tolist(),
+            load_entropy=float(torch.special.entr(share).sum()),
+            route_weight=float(self.weight / n),
+            margin=float(self.margin / n),
+            norm_mse_by_layer=by_layer,
+            norm_mse_fixed_layer=fixed.tolist(),
+            norm_mse_uniform=float(fixed.mean()),
+            norm_mse_matched=float((share * fixed).sum()),
+            norm_mse_best=best,
+            regret=norm_mse - best if self.cfg.routing != "soft" else None,
+        )
 
 
 def token_error(x: Float[Tensor, "... d"], x_hat: Float[Tensor, "... d"]) -> Float[Tensor, ...]:
     """NormMSE of each token: squared error over the target's squared norm."""
     return (x - x_hat).pow(2).sum(-1) / x.pow(2).sum(-1)
-
-
-def layer_errors(
-    sae: Any, x: Float[Tensor, "tokens L d"], routing: Routing
-) -> Float[Tensor, "tokens L"]:
-    """NormMSE of every token at every layer, each given the weight of the layer it was sent to.
-
-    One weight for all layers, because the dictionary was trained on routed activations: at another
-    layer's own small probability its biases alone would decide the error.
-    """
-    weight = routing.weight.unsqueeze(-1)
-    errors = []
-    for i in range(x.shape[-2]):
-        x_i = weight * normalize(x[..., i, :].to(routing.x_route.dtype))
-        errors.append(token_error(x_i, sae.decode(sae.encode(x_i))))
-    return torch.stack(errors, dim=-1)
 
 
 @torch.no_grad()
@@ -122,66 +165,67 @@ def reconstruction_metrics(
     Raises:
         ValueError: there were no tokens.
     """
-    cfg = sae.cfg
-    sums = _Sums(cfg.n_routed_layers, cfg.d_in, cfg.d_sae, sae.W_dec.device)
+    sums = _Sums(sae)
     for x in batches:
-        _add(sums, sae, x.to(sae.W_dec.device))
-    if sums.n == 0:
-        raise ValueError("no tokens to evaluate: the dataset gave none that are not excluded")
-    return _metrics(sums, has_single_layer=cfg.routing != "soft")
+        sums.add(x.to(sae.W_dec.device))
+    return sums.metrics()
 
 
-def _add(sums: _Sums, sae: Any, x: Float[Tensor, "tokens L d"]) -> None:
-    routing = sae.route(x)
-    feature_acts = sae.encode(routing.x_route)
-    x_hat = sae.decode(feature_acts)
-    errors = layer_errors(sae, x, routing)
-    error = token_error(routing.x_route, x_hat)
-    chosen = torch.nn.functional.one_hot(routing.layer, x.shape[-2]).to(torch.float64)
-    top = routing.probs.topk(min(2, x.shape[-2]), dim=-1).values
-    sums.n += len(x)
-    sums.error += error.sum()
-    sums.squared_error += (routing.x_route - x_hat).pow(2).sum()
-    sums.x += routing.x_route.sum(0)
-    sums.x_squared += routing.x_route.pow(2).sum()
-    sums.fired += (feature_acts != 0).sum(0)
-    sums.tokens += chosen.sum(0)
-    sums.probs += routing.probs.sum(0)
-    sums.weight += routing.weight.sum()
-    sums.margin += (top[..., 0] - top[..., -1]).sum()
-    sums.routed_error += (chosen * error.unsqueeze(-1)).sum(0)
-    sums.layer_error += errors.sum(0)
-    sums.best_error += errors.min(-1).values.sum()
+class CrosscoderMetrics(NamedTuple):
+    """Means over tokens, in normalised units; a layer's stream is n(x) of that layer."""
+
+    n_tokens: int
+    """Tokens evaluated."""
+    norm_mse: float
+    """||n(x_i) - x_hat_i||^2 / ||n(x_i)||^2, mean over tokens and layers."""
+    explained_variance: float
+    """1 - sum ||h - h_hat||^2 / sum ||h - mean||^2 of the stacked streams h."""
+    l0: float
+    """Active features per token, one code for all layers."""
+    dead_features: int
+    """Features that no evaluated token activated."""
+    norm_mse_by_layer: list[float | None]
+    """NormMSE of each layer."""
 
 
-def _metrics(sums: _Sums, has_single_layer: bool) -> ReconstructionMetrics:
-    n = sums.n
-    share = sums.tokens / n
-    fixed = sums.layer_error / n
-    norm_mse = float(sums.error / n)
-    best = float(sums.best_error / n)
-    variance = sums.x_squared - sums.x.pow(2).sum() / n
-    by_layer = [
-        float(e / t) if t > 0 else None for e, t in zip(sums.routed_error, sums.tokens, strict=True)
-    ]
-    return ReconstructionMetrics(
-        n_tokens=n,
-        norm_mse=norm_mse,
-        explained_variance=float(1 - sums.squared_error / variance),
-        l0=float(sums.fired.sum() / n),
-        dead_features=int((sums.fired == 0).sum()),
-        share=share.tolist(),
-        mean_probs=(sums.probs / n).tolist(),
-        load_entropy=float(torch.special.entr(share).sum()),
-        route_weight=float(sums.weight / n),
-        margin=float(sums.margin / n),
-        norm_mse_by_layer=by_layer,
-        norm_mse_fixed_layer=fixed.tolist(),
-        norm_mse_uniform=float(fixed.mean()),
-        norm_mse_matched=float((share * fixed).sum()),
-        norm_mse_best=best,
-        regret=norm_mse - best if has_single_layer else None,
-    )
+class _CrosscoderSums:
+    """Running sums of a crosscoder's metrics on the device."""
+
+    def __init__(self, sae: Any) -> None:
+        self.sae = sae
+        like = {"dtype": torch.float64, "device": sae.W_dec.device}
+        self.n = 0
+        self.layer_error = torch.zeros(sae.cfg.n_routed_layers, **like)
+        self.squared_error = torch.zeros((), **like)
+        self.h = torch.zeros(sae.cfg.d_in, **like)
+        self.h_squared = torch.zeros((), **like)
+        self.fired = torch.zeros(sae.cfg.d_sae, **like)
+
+    def add(self, x: Float[Tensor, "tokens L d"]) -> None:
+        h = self.sae.stack(x)
+        feature_acts = self.sae.encode(h)
+        h_hat = self.sae.decode(feature_acts)
+        by_layer = (len(x), self.sae.cfg.n_routed_layers, -1)
+        self.n += len(x)
+        self.layer_error += token_error(h.view(by_layer), h_hat.view(by_layer)).sum(0)
+        self.squared_error += (h - h_hat).pow(2).sum()
+        self.h += h.sum(0)
+        self.h_squared += h.pow(2).sum()
+        self.fired += (feature_acts != 0).sum(0)
+
+    def metrics(self) -> CrosscoderMetrics:
+        if self.n == 0:
+            raise ValueError("no tokens to evaluate: the dataset gave none that are not excluded")
+        by_layer = self.layer_error / self.n
+        variance = self.h_squared - self.h.pow(2).sum() / self.n
+        return CrosscoderMetrics(
+            n_tokens=self.n,
+            norm_mse=float(by_layer.mean()),
+            explained_variance=float(1 - self.squared_error / variance),
+            l0=float(self.fired.sum() / self.n),
+            dead_features=int((self.fired == 0).sum()),
+            norm_mse_by_layer=by_layer.tolist(),
+        )
 
 
 # --- downstream ----------------------------------------------------------------------------------
@@ -214,8 +258,83 @@ class DownstreamMetrics(NamedTuple):
     """ce_spliced - ce_clean."""
     loss_recovered: float | None
     """1 - delta_ce / (ce_ablated - ce_clean); null when ablating costs less than 0.05 nats."""
-    route_agreement: float
-    """Share of tokens that the spliced model's own streams would be routed to the same layer."""
+    route_agreement: float | None
+    """Share of tokens that the spliced model's own streams would be routed to the same layer; null
+    for a crosscoder."""
+
+
+class _DownstreamSums:
+    """Running sums of one SAE's downstream metrics, read off the device once at the end."""
+
+    def __init__(self, sae: Any, unscaled: bool) -> None:
+        if _is_soft(sae):
+            raise ValueError("routing='soft': it mixes layers, so there is no place to splice into")
+        self.sae, self.unscaled = sae, unscaled
+        self.device = sae.W_dec.device
+        like = {"dtype": torch.float64, "device": self.device}
+        names = ("tokens", "kl", "kl_ablated", "clean", "spliced", "ablated", "agree", "targets")
+        self.totals = {name: torch.zeros((), **like) for name in names}
+        self.kl_by_layer = torch.zeros(sae.cfg.n_routed_layers, **like)
+        self.tokens_by_layer = torch.zeros(sae.cfg.n_routed_layers, **like)
+
+    def add(
+        self,
+        model: LanguageModel,
+        tokens: Int[Tensor, "batch pos"],
+        kept: Bool[Tensor, "batch pos"],
+        clean: Float[Tensor, "batch pos vocab"],
+    ) -> None:
+        """Splice and ablate at the kept tokens; `clean` are the model's own log probabilities."""
+        sae, totals = self.sae, self.totals
+        with attach(model, sae, unscaled=self.unscaled) as hook, _streams(model, hook) as streams:
+            spliced = _with_hook_function(model, tokens, hook, partial(_reconstruct, sae, kept))
+            blocks = hook.routed_blocks
+            routing: Routing | None = getattr(hook, "routing", None)
+            met = [streams[i].to(self.device) for i in blocks]
+        if routing is not None:
+            again = sae.route(torch.stack(met, dim=-2)).layer
+            totals["agree"] += (again == routing.layer)[kept].sum()
+            places = nn.functional.one_hot(routing.layer, len(blocks)).bool()
+        else:  # a crosscoder writes to every block
+            places = kept.to(self.device).unsqueeze(-1).expand(*kept.shape, len(blocks))
+        places = places & kept.to(self.device).unsqueeze(-1)
+        with _zeroed(model, dict(zip(blocks, places.unbind(-1), strict=True))):
+            ablated = _log_probs(model, tokens)
+        kl = _kl(clean, spliced)[kept].double()
+        self.kl_by_layer += (places[kept] * kl.unsqueeze(-1)).sum(0)
+        self.tokens_by_layer += places[kept].sum(0)
+        totals["tokens"] += kept.sum()
+        totals["kl"] += kl.sum()
+        totals["kl_ablated"] += _kl(clean, ablated)[kept].double().sum()
+        is_target = kept[:, 1:]
+        totals["targets"] += is_target.sum()
+        for name, log_probs in (("clean", clean), ("spliced", spliced), ("ablated", ablated)):
+            totals[name] += _cross_entropy(log_probs, tokens)[is_target].double().sum()
+
+    def metrics(self) -> DownstreamMetrics:
+        n = int(self.totals["tokens"])
+        if n == 0:
+            raise ValueError("no tokens to evaluate: the dataset gave none that are not excluded")
+        kl = float(self.totals["kl"] / n)
+        targets = self.totals["targets"]
+        ce = {k: float(self.totals[k] / targets) for k in ("clean", "spliced", "ablated")}
+        delta, cost = ce["spliced"] - ce["clean"], ce["ablated"] - ce["clean"]
+        return DownstreamMetrics(
+            n_tokens=n,
+            kl=kl,
+            kl_per_512_tokens=PAPER_CONTEXT * kl,
+            kl_by_layer=[
+                float(k / t) if t > 0 else None
+                for k, t in zip(self.kl_by_layer, self.tokens_by_layer, strict=True)
+            ],
+            kl_ablated=float(self.totals["kl_ablated"] / n),
+            ce_clean=ce["clean"],
+            ce_spliced=ce["spliced"],
+            ce_ablated=ce["ablated"],
+            delta_ce=delta,
+            loss_recovered=1 - delta / cost if cost >= _MIN_ABLATION_COST else None,
+            route_agreement=None if _is_stacked(self.sae) else float(self.totals["agree"] / n),
+        )
 
 
 @torch.no_grad()
@@ -237,64 +356,24 @@ def downstream_metrics(
     Raises:
         ValueError: there were no tokens, or the routing is soft (it has no place to write to).
     """
-    if sae.cfg.routing == "soft":
-        raise ValueError("routing='soft': it mixes layers, so there is no place to splice into")
-    n_layers = sae.cfg.n_routed_layers
-    device = sae.W_dec.device
-    sums = dict.fromkeys(("kl_ablated", "clean", "spliced", "ablated", "agree"), 0.0)
-    totals: dict[str, Any] = {k: torch.zeros((), dtype=torch.float64, device=device) for k in sums}
-    kl_by_layer = torch.zeros(n_layers, dtype=torch.float64, device=device)
-    tokens_by_layer = torch.zeros(n_layers, dtype=torch.float64, device=device)
-    n_targets = torch.zeros((), dtype=torch.float64, device=device)
+    sums = _DownstreamSums(sae, unscaled)
     for tokens, kept in batches:
-        clean = _log_probs(model, tokens)
-        with attach(model, sae, unscaled=unscaled) as hook, _streams(model, hook) as streams:
-            spliced = _with_hook_function(model, tokens, hook, partial(_reconstruct, sae, kept))
-            layer = cast(Routing, hook.routing).layer
-            met = torch.stack([streams[i].to(device) for i in hook.routed_blocks], dim=-2)
-            blocks = hook.routed_blocks
-        with _zeroed(model, blocks, layer, kept):
-            ablated = _log_probs(model, tokens)
-        kl = _kl(clean, spliced)[kept].double()
-        chosen = nn.functional.one_hot(layer[kept], n_layers).double()
-        kl_by_layer += (chosen * kl.unsqueeze(-1)).sum(0)
-        tokens_by_layer += chosen.sum(0)
-        totals["kl_ablated"] += _kl(clean, ablated)[kept].double().sum()
-        totals["agree"] += (sae.route(met).layer == layer)[kept].sum()
-        is_target = kept[:, 1:]
-        n_targets += is_target.sum()
-        for name, log_probs in (("clean", clean), ("spliced", spliced), ("ablated", ablated)):
-            ce = -log_probs[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
-            totals[name] += ce[is_target].double().sum()
-    n = int(tokens_by_layer.sum())
-    if n == 0:
-        raise ValueError("no tokens to evaluate: the dataset gave none that are not excluded")
-    kl = float(kl_by_layer.sum() / n)
-    ce = {name: float(totals[name] / n_targets) for name in ("clean", "spliced", "ablated")}
-    delta, cost = ce["spliced"] - ce["clean"], ce["ablated"] - ce["clean"]
-    return DownstreamMetrics(
-        n_tokens=n,
-        kl=kl,
-        kl_per_512_tokens=PAPER_CONTEXT * kl,
-        kl_by_layer=[
-            float(k / t) if t > 0 else None
-            for k, t in zip(kl_by_layer, tokens_by_layer, strict=True)
-        ],
-        kl_ablated=float(totals["kl_ablated"] / n),
-        ce_clean=ce["clean"],
-        ce_spliced=ce["spliced"],
-        ce_ablated=ce["ablated"],
-        delta_ce=delta,
-        loss_recovered=1 - delta / cost if cost >= _MIN_ABLATION_COST else None,
-        route_agreement=float(totals["agree"] / n),
-    )
+        sums.add(model, tokens, kept, _log_probs(model, tokens))
+    return sums.metrics()
+
+
+def _cross_entropy(
+    log_probs: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch targets"]:
+    """Loss at every position that has a next token, in nats."""
+    return -log_probs[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
 
 
 def _log_probs(model: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
     return model(tokens, return_type="logits").float().log_softmax(-1)
 
 
-def _with_hook_function(model: Any, tokens: Tensor, hook: RoutedHook, function: Any) -> Tensor:
+def _with_hook_function(model: Any, tokens: Tensor, hook: StreamsHook, function: Any) -> Tensor:
     logits = model.run_with_hooks(tokens, return_type="logits", fwd_hooks=[(hook.name, function)])
     return logits.float().log_softmax(-1)
 
@@ -316,7 +395,7 @@ def _kl(
 
 
 @contextmanager
-def _streams(model: LanguageModel, hook: RoutedHook) -> Iterator[dict[int, Tensor]]:
+def _streams(model: LanguageModel, hook: StreamsHook) -> Iterator[dict[int, Tensor]]:
     """Block -> the residual stream after it, edits included: what the next block was given last."""
     found: dict[int, Tensor] = {}
 
@@ -342,12 +421,9 @@ def _streams(model: LanguageModel, hook: RoutedHook) -> Iterator[dict[int, Tenso
 
 @contextmanager
 def _zeroed(
-    model: LanguageModel,
-    routed_blocks: list[int],
-    layer: Int[Tensor, "batch pos"],
-    kept: Bool[Tensor, "batch pos"],
+    model: LanguageModel, places: Mapping[int, Bool[Tensor, "batch pos"]]
 ) -> Iterator[None]:
-    """Every counted token's residual stream set to zero after the block it was routed to."""
+    """The residual stream after each of these blocks set to zero at the tokens given for it."""
 
     def zero(here: Tensor, _module: Any, _args: Any, output: Any) -> Any:
         if isinstance(output, tuple):
@@ -356,10 +432,8 @@ def _zeroed(
 
     blocks = decoder_blocks(model)
     handles = [
-        blocks[block].register_forward_hook(
-            partial(zero, ((layer == i) & kept.to(layer.device)).unsqueeze(-1))
-        )
-        for i, block in enumerate(routed_blocks)
+        blocks[block].register_forward_hook(partial(zero, here.unsqueeze(-1)))
+        for block, here in places.items()
     ]
     try:
         yield
@@ -369,14 +443,15 @@ def _zeroed(
 
 
 class Evaluation(NamedTuple):
-    """Everything measured of one RouteSAE on one text."""
+    """Everything measured of one RouteSAE or crosscoder on one text."""
 
-    reconstruction: ReconstructionMetrics
+    reconstruction: ReconstructionMetrics | CrosscoderMetrics
     """In normalised units, from activations alone."""
     downstream: DownstreamMetrics | None
     """The model with the SAE spliced in; null under soft routing."""
     downstream_unscaled: DownstreamMetrics | None
-    """The same without p on either side of the SAE: the convention of the paper's code."""
+    """The same without p on either side of the SAE: the convention of the paper's code. Null under
+    soft routing, for a crosscoder, and when not asked for."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, for JSON."""
@@ -386,33 +461,123 @@ class Evaluation(NamedTuple):
 def evaluate(
     model: LanguageModel, sae: Any, dataset: Any, *, max_tokens: int = 50_000, batch_size: int = 8
 ) -> Evaluation:
-    """Evaluate a RouteSAE on the first `max_tokens` of a text.
+    """Evaluate a RouteSAE or a crosscoder on the first `max_tokens` of a text.
 
     Args:
         model: The model `sae` was trained on.
-        sae: A RouteSAE with its metadata.
-        dataset: A dataset, or what `load_text_dataset` takes; read anew for each part.
+        sae: A RouteSAE or a crosscoder with its metadata.
+        dataset: A dataset, or what `load_text_dataset` takes.
         max_tokens: Tokens to read, excluded ones included.
         batch_size: Contexts in one forward pass.
     """
+    options = {"max_tokens": max_tokens, "batch_size": batch_size, "unscaled": True}
+    return evaluate_all(model, {"": sae}, dataset, **options)[""]
 
-    def store() -> RoutedActivationsStore:
-        return RoutedActivationsStore.from_sae(
-            model, sae, dataset, store_batch_size_prompts=batch_size
+
+@torch.no_grad()
+def evaluate_all(
+    model: LanguageModel,
+    saes: Mapping[str, Any],
+    dataset: Any,
+    *,
+    max_tokens: int = 50_000,
+    batch_size: int = 8,
+    unscaled: bool = False,
+) -> dict[str, Evaluation]:
+    """Evaluate many SAEs of one model on the same text, read once, with one clean pass for all.
+
+    Args:
+        model: The model they were trained on.
+        saes: RouteSAEs and crosscoders by name. All must leave out the same special tokens and
+            begin contexts alike.
+        dataset: A dataset, or what `load_text_dataset` takes.
+        max_tokens: Tokens to read, excluded ones included.
+        batch_size: Contexts in one forward pass.
+        unscaled: Also splice without p, as the paper's code does.
+
+    Raises:
+        ValueError: there were no tokens, or two SAEs want the text read differently.
+    """
+    text = _common_text(model, saes, dataset, batch_size)
+    sums = {name: _EvaluationSums(sae, unscaled) for name, sae in saes.items()}
+    total = math.ceil(max(1, max_tokens // text.context_size) / batch_size)
+    for tokens in tqdm(text.token_batches(max_tokens), "evaluating", total, unit="batch"):
+        kept = text.kept(tokens)
+        streams = dict(zip(text.hook_names, text.layer_activations(tokens), strict=True))
+        needs_clean = any(each.downstream for each in sums.values())
+        clean = _log_probs(model, tokens) if needs_clean else None
+        for each in sums.values():
+            each.add(model, tokens, kept, streams, clean)
+    return {name: each.evaluation() for name, each in sums.items()}
+
+
+def _common_text(
+    model: LanguageModel, saes: Mapping[str, Any], dataset: Any, batch_size: int
+) -> RoutedActivationsStore:
+    """The text as all of the SAEs read it, with the residual streams that any of them reads."""
+    by_block: dict[int, str] = {}
+    readings: dict[str, tuple[Any, ...]] = {}
+    for name, sae in saes.items():
+        metadata = sae.cfg.metadata
+        by_block.update(zip(metadata.routed_layers or (), metadata.hook_names, strict=False))
+        excluded = metadata.exclude_special_tokens
+        readings[name] = (metadata.context_size, metadata.prepend_bos, str(excluded))
+    if len(set(readings.values())) > 1:
+        raise ValueError(
+            f"the SAEs read text differently (context_size, prepend_bos, exclude_special_tokens): "
+            f"{readings}; evaluate them in groups"
+        )
+    first = next(iter(saes.values()))
+    text = RoutedActivationsStore.from_sae(
+        model, first, dataset, store_batch_size_prompts=batch_size
+    )
+    if by_block:
+        text.hook_names = [by_block[block] for block in sorted(by_block)]
+    return text
+
+
+class _EvaluationSums:
+    """Running sums of all that is measured of one SAE."""
+
+    def __init__(self, sae: Any, unscaled: bool) -> None:
+        self.sae = sae
+        self.reconstruction = _CrosscoderSums(sae) if _is_stacked(sae) else _Sums(sae)
+        conventions = (False, True) if unscaled and not _is_stacked(sae) else (False,)
+        self.downstream = {
+            convention: _DownstreamSums(sae, convention)
+            for convention in conventions
+            if not _is_soft(sae)
+        }
+
+    def add(
+        self,
+        model: LanguageModel,
+        tokens: Int[Tensor, "batch pos"],
+        kept: Bool[Tensor, "batch pos"],
+        streams: Mapping[str, Float[Tensor, "batch pos d"]],
+        clean: Float[Tensor, "batch pos vocab"] | None,
+    ) -> None:
+        device = self.sae.W_dec.device
+        own = [streams[name][kept].to(device) for name in self.sae.cfg.metadata.hook_names]
+        self.reconstruction.add(torch.stack(own, dim=-2))
+        for sums in self.downstream.values():
+            sums.add(model, tokens, kept, cast(Tensor, clean))
+
+    def evaluation(self) -> Evaluation:
+        scaled, unscaled = self.downstream.get(False), self.downstream.get(True)
+        return Evaluation(
+            self.reconstruction.metrics(),
+            None if scaled is None else scaled.metrics(),
+            None if unscaled is None else unscaled.metrics(),
         )
 
-    def downstream(unscaled: bool) -> DownstreamMetrics | None:
-        if sae.cfg.routing == "soft":
-            return None
-        text = store()
-        batches = ((tokens, text.kept(tokens)) for tokens in text.token_batches(max_tokens))
-        return downstream_metrics(model, sae, batches, unscaled=unscaled)
 
-    return Evaluation(
-        reconstruction=reconstruction_metrics(sae, store().activation_batches(max_tokens)),
-        downstream=downstream(unscaled=False),
-        downstream_unscaled=downstream(unscaled=True),
-    )
+def _is_stacked(sae: Any) -> bool:
+    return isinstance(sae, StackedSAE)
+
+
+def _is_soft(sae: Any) -> bool:
+    return getattr(sae.cfg, "routing", None) == "soft"
 
 
 def saelens_metrics(

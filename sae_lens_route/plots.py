@@ -71,6 +71,106 @@ def training_curve(records: list[dict[str, Any]]) -> go.Figure:
     return figure
 
 
+_SPARSITY = ("k", "l1_coefficient", "l0_coefficient", "target_l0")
+_METRIC_TITLES = {"norm_mse": "NormMSE", "kl": "KL, nats per token"}
+
+
+def tradeoff(rows: list[dict[str, Any]], metric: str) -> go.Figure:
+    """A metric against L0, a line per label through the means over seeds (Figure 4).
+
+    Every run is a small point of its own beside the line.
+
+    Args:
+        rows: Rows of a sweep; runs of one label and one sparsity differ only in their seed.
+        metric: "norm_mse", "kl" or any other column; runs without it (KL under soft routing) are
+            left out.
+    """
+    title = _METRIC_TITLES.get(metric, metric)
+    figure = _figure(f"{title} against sparsity", "L0, active features per token", title)
+    rows = [row for row in rows if row.get(metric) is not None]
+    for i, label in enumerate(dict.fromkeys(row["label"] for row in rows)):
+        own = [row for row in rows if row["label"] == label]
+        by_sparsity: dict[Any, list[dict[str, Any]]] = {}
+        for row in own:
+            by_sparsity.setdefault(tuple(map(row.get, _SPARSITY)), []).append(row)
+        means = sorted(
+            tuple(sum(row[column] for row in runs) / len(runs) for column in ("l0", metric))
+            for runs in by_sparsity.values()
+        )
+        l0, values = zip(*means, strict=True)
+        line = {"color": _color(i)}
+        figure.add_scatter(x=l0, y=values, name=label, mode="lines+markers", line=line)
+        if len(own) > len(means):
+            figure.add_scatter(
+                x=[row["l0"] for row in own],
+                y=[row[metric] for row in own],
+                mode="markers",
+                line=line,
+                marker={"color": _color(i), "size": 4},
+                showlegend=False,
+            )
+    return figure
+
+
+def routing_shares(methods: dict[str, list[dict[str, Any]]], blocks: list[int]) -> go.Figure:
+    """Share of the tokens at each block, a bar per method, mean over its runs (Figure 9).
+
+    Args:
+        methods: Rows of a sweep by label; each has `share`.
+        blocks: The routed blocks, in order.
+    """
+    figure = _figure("Share of the tokens", "block", "share of tokens")
+    for i, (label, rows) in enumerate(methods.items()):
+        shares = [sum(row["share"][at] for row in rows) / len(rows) for at in range(len(blocks))]
+        figure.add_bar(
+            x=[str(block) for block in blocks], y=shares, name=label, marker={"color": _color(i)}
+        )
+    figure.update_xaxes(type="category")
+    return figure
+
+
+def threshold_curves(rows: list[dict[str, Any]]) -> go.Figure:
+    """Interpretable features against the threshold, a line per method (Figure 5).
+
+    Args:
+        rows: Runs with `label`, `thresholds` and `n_features`; runs of one label are averaged.
+    """
+    figure = _figure("Features above a threshold", "threshold", "interpretable features")
+    for i, label in enumerate(dict.fromkeys(row["label"] for row in rows)):
+        own = [row for row in rows if row["label"] == label]
+        counts = zip(*(row["n_features"] for row in own), strict=True)
+        figure.add_scatter(
+            x=own[0]["thresholds"],
+            y=[sum(count) / len(own) for count in counts],
+            name=label,
+            mode="lines+markers",
+            line={"color": _color(i)},
+        )
+    return figure
+
+
+def feature_profiles(features: list[dict[str, Any]], blocks: list[int]) -> go.Figure:
+    """Mean activation of a few features by block, relative to their largest (Figure 1).
+
+    Args:
+        features: Each with `kind`, `feature` and `activation_by_layer`.
+        blocks: The routed blocks, in order.
+    """
+    figure = _figure("Activation by block", "block", "share of the largest")
+    kinds = list(dict.fromkeys(shown["kind"] for shown in features))
+    for shown in features:
+        top = max(*shown["activation_by_layer"], 1e-12)
+        kind = kinds.index(shown["kind"])
+        figure.add_scatter(
+            x=blocks,
+            y=[value / top for value in shown["activation_by_layer"]],
+            name=f"{shown['kind']} {shown['feature']}",
+            mode="lines+markers",
+            line={"color": _color(kind), "dash": ("solid", "dot", "dash")[kind % 3]},
+        )
+    return figure
+
+
 def write_figure(figure: go.Figure, path: str | Path) -> list[Path]:
     """Write `path`.html, self-contained, and `path`.svg; gives back both paths."""
     stem = Path(path)
@@ -95,10 +195,15 @@ def _static(figure: go.Figure) -> StaticFigure:
     for trace in traces:
         if trace.type == "scatter":
             at = [categories.index(x) for x in trace.x] if categories else trace.x
-            style = {"dot": ":", "dash": "--"}.get(trace.line.dash or "", "-")
-            marker = "o" if "markers" in (trace.mode or "") else None
+            dash = {"dot": ":", "dash": "--"}.get(trace.line.dash or "", "-")
             axes.plot(
-                at, trace.y, style, marker=marker, label=trace.name, color=_rgb(trace.line.color)
+                at,
+                trace.y,
+                linestyle=dash if "lines" in trace.mode else "none",
+                marker="o" if "markers" in trace.mode else None,
+                markersize=trace.marker.size,
+                label=trace.name if trace.showlegend is not False else "_unlisted",
+                color=_rgb(trace.line.color),
             )
     if categories:
         axes.set_xticks(range(len(categories)), [str(c) for c in categories])

@@ -5,7 +5,10 @@
 3. Weigh the blocks:                                     p = softmax(v @ W_router)         (Eq. 6-7)
 4. Route:   hard     x_route = p_i* n(x_i*), i* = argmax p                                 (Eq. 8-9)
             soft     x_route = sum_i p_i n(x_i)                                            (Eq. 14)
-            uniform  x_route = n(x_i*), i* drawn uniformly (the paper's Random baseline)
+            uniform  x_route = n(x_i*), i* drawn uniformly (the paper's Random baseline),
+                     or with a given share for each layer
+
+`balanced_assignment` is not the paper's: it is the teacher of `router_objective="assignment"`.
 
 Only the mean and the scale of each block are computed in full; the normalised `[..., L, d]` tensor
 is never made: sums and selections of `n(x_i)` are taken from `x` directly.
@@ -102,6 +105,30 @@ def route_probs(
     return torch.softmax(_weighted_sum(x, pooling, mean, scale) @ W_router, dim=-1)
 
 
+@torch.no_grad()
+def balanced_assignment(
+    cost: Float[Tensor, "tokens L"], temperature: float, n_iterations: int = 20
+) -> Float[Tensor, "tokens L"]:
+    """Assign tokens to layers at low cost, so that every layer gets the same load.
+
+    Each row is a distribution over the layers; the columns sum to tokens / L. Among all such
+    assignments this one has the least cost minus `temperature` times its entropy (optimal transport
+    with entropic regularisation, Sinkhorn's iteration; Cuturi 2013). What a layer costs for every
+    token alike, so that shallow layers are easier, does not matter: balancing takes it off again.
+
+    Args:
+        cost: of sending each token to each layer.
+        temperature: in the units of `cost`; towards 0 each token goes to a single layer.
+        n_iterations: of rescaling the columns. Rows are exact, columns nearly.
+    """
+    scores = -cost / temperature
+    offset = torch.zeros_like(scores[0])
+    for _ in range(n_iterations):
+        load = torch.softmax(scores + offset, dim=-1).mean(0)
+        offset = offset - (load * len(offset)).clamp(min=1e-12).log()
+    return torch.softmax(scores + offset, dim=-1)
+
+
 def route(
     x: Float[Tensor, "... L d"],
     W_router: Float[Tensor, "d L"],
@@ -109,6 +136,7 @@ def route(
     routing: RoutingMode = "hard",
     aggregation: Aggregation = "sum",
     q_router: Float[Tensor, " d"] | None = None,
+    layer_shares: Float[Tensor, " L"] | None = None,
     generator: torch.Generator | None = None,
 ) -> Routing:
     """Route every token (see the module's numbered steps).
@@ -119,13 +147,20 @@ def route(
         routing: hard, soft or uniform.
         aggregation: how the layers are pooled before the router reads them.
         q_router: the attention query, read only when aggregation is "attention".
+        layer_shares: what uniform routing draws layers from instead of the uniform distribution;
+            they sum to 1.
         generator: source of the uniform draw, on the device of `x`.
     """
     mean, scale = normalization_stats(x)
     if routing == "uniform":
         n_layers = x.shape[-2]
-        layer = torch.randint(n_layers, mean.shape[:-1], generator=generator, device=x.device)
-        probs = torch.full_like(mean, 1.0 / n_layers)
+        if layer_shares is None:
+            layer = torch.randint(n_layers, mean.shape[:-1], generator=generator, device=x.device)
+            probs = torch.full_like(mean, 1.0 / n_layers)
+        else:
+            n_tokens = mean.shape[:-1].numel()
+            drawn = torch.multinomial(layer_shares, n_tokens, replacement=True, generator=generator)
+            layer, probs = drawn.view(mean.shape[:-1]), layer_shares.to(mean).expand(mean.shape)
         weight = torch.ones_like(mean[..., 0])
     else:
         probs = route_probs(x, mean, scale, W_router, aggregation, q_router)

@@ -35,9 +35,11 @@ from sae_lens.llm_sae_training_runner import (
     LLMSaeEvaluator,
 )
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig, TrainStepOutput
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.training.types import DataProvider
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookedRootModule
 from typing_extensions import override
@@ -51,9 +53,11 @@ from sae_lens_route.models import (
     n_layers,
     residual_hook_names,
 )
+from sae_lens_route.saes import RoutedTrainingSAE
 from sae_lens_route.splice import attach
 
 TRAIN_LOG_FILENAME = "train_log.jsonl"
+UNIFORM_DRAW_FILENAME = "uniform_draw.safetensors"
 
 
 def lr_schedule_steps(n_steps: int) -> tuple[int, int]:
@@ -209,6 +213,46 @@ def require_new_folder(output_path: str | Path, also_holds: str = SAE_CFG_FILENA
         )
 
 
+@torch.no_grad()
+def step_record(trainer: SAETrainer[Any, Any], output: TrainStepOutput) -> dict[str, Any]:
+    """What is logged of a step: loss, every loss and metric, l0, dead features, learning rate.
+
+    Raises:
+        ValueError: the loss is NaN.
+    """
+    log = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
+    short = {key.split("/", 1)[1]: value for key, value in log.items()}
+    loss = short.pop("overall_loss")
+    if loss != loss:
+        raise ValueError(
+            f"the loss is NaN after step {trainer.n_training_steps}: lower lr={trainer.cfg.lr}, or "
+            "look for NaN in the model's activations; earlier checkpoints are kept"
+        )
+    return {
+        "step": trainer.n_training_steps,
+        "tokens": trainer.n_training_samples,
+        "loss": loss,
+        **{k: v for k, v in short.items() if k != "n_training_samples" and "legacy" not in k},
+    }
+
+
+def save_uniform_draw(sae: TrainingSAE[Any], checkpoint_path: str | Path) -> None:
+    """Write down where uniform routing's generator stands, if there is one."""
+    generator: torch.Generator | None = getattr(sae, "_generator", None)
+    if generator is not None:
+        path = Path(checkpoint_path) / UNIFORM_DRAW_FILENAME
+        save_file({"generator": generator.get_state()}, path)
+
+
+def load_uniform_draw(sae: TrainingSAE[Any], checkpoint_path: str | Path) -> None:
+    """Let uniform routing go on drawing where a checkpoint stopped."""
+    path = Path(checkpoint_path) / UNIFORM_DRAW_FILENAME
+    if isinstance(sae, RoutedTrainingSAE) and path.exists():
+        generator = sae._uniform_generator(sae.device)
+        if generator is not None:
+            generator.set_state(load_file(path)["generator"])
+
+
 class RouteSAETrainer(SAETrainer[Any, Any]):
     """SAELens's trainer, which also shows and writes down how the routing goes.
 
@@ -226,8 +270,14 @@ class RouteSAETrainer(SAETrainer[Any, Any]):
         self.stop_requested = False
 
     @override
+    def save_trainer_state(self, checkpoint_path: Path) -> None:
+        super().save_trainer_state(checkpoint_path)
+        save_uniform_draw(self.sae, checkpoint_path)
+
+    @override
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
         super().load_trainer_state(checkpoint_path)
+        load_uniform_draw(self.sae, checkpoint_path)
         # SAELens saves before it counts the step, so its number can be one short
         self.n_training_steps = self.n_training_samples // self.cfg.train_batch_size_samples
         passed = self.n_training_samples
@@ -248,11 +298,6 @@ class RouteSAETrainer(SAETrainer[Any, Any]):
         if self.n_training_steps % self.log_every != 0 and not is_last:
             return
         record = self._record(step_output)
-        if record["loss"] != record["loss"]:  # NaN
-            raise ValueError(
-                f"the loss is NaN after step {self.n_training_steps}: lower lr={self.cfg.lr}, or "
-                "look for NaN in the model's activations; earlier checkpoints are kept"
-            )
         if self.log_file is not None:
             with self.log_file.open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -266,20 +311,11 @@ class RouteSAETrainer(SAETrainer[Any, Any]):
         )
         pbar.update(self.n_training_samples - pbar.n)
 
-    @torch.no_grad()
     def _record(self, output: TrainStepOutput) -> dict[str, Any]:
         now, n = time.perf_counter(), self.n_training_samples
         rate = (n - self._samples) / max(now - self._since, 1e-9)
         self._since, self._samples = now, n
-        log = self.build_train_step_log_dict(output, n)
-        short = {key.split("/", 1)[1]: value for key, value in log.items()}
-        return {
-            "step": self.n_training_steps,
-            "tokens": n,
-            "loss": short.pop("overall_loss"),
-            "tokens_per_second": rate,
-            **{k: v for k, v in short.items() if k != "n_training_samples" and "legacy" not in k},
-        }
+        return {**step_record(self, output), "tokens_per_second": rate}
 
 
 class RoutedEvaluator(LLMSaeEvaluator[Any]):
@@ -320,8 +356,7 @@ class RouteSAETrainingRunner(LanguageModelSAETrainingRunner):
             require_new_folder(cfg.output_path)
         self.model = self._load_model() if override_model is None else override_model
         cfg.resolve(self.model)
-        need = sum(cfg.memory_estimate().values())
-        require_memory(need, cfg.device, "train_batch_size_tokens", cfg.train_batch_size_tokens)
+        self._check_size()
         self._compile_llm_if_needed()
         self.activations_store = RoutedActivationsStore.from_config(
             self.model, cfg, override_dataset=override_dataset
@@ -336,6 +371,12 @@ class RouteSAETrainingRunner(LanguageModelSAETrainingRunner):
             n_eval_batches=cfg.n_eval_batches,
             model_kwargs=cfg.model_kwargs,
         )
+
+    def _check_size(self) -> None:
+        """Raise if what is to be trained does not fit in memory."""
+        cfg = self.cfg
+        need = sum(cfg.memory_estimate().values())
+        require_memory(need, cfg.device, "train_batch_size_tokens", cfg.train_batch_size_tokens)
 
     def _load_model(self) -> LanguageModel:
         return load_model(
@@ -414,11 +455,13 @@ class RouteSAETrainingRunner(LanguageModelSAETrainingRunner):
         )
 
     @override
-    def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
+    def run_trainer_with_interruption_handling(
+        self, trainer: SAETrainer[Any, Any] | MultiSAETrainer
+    ) -> Any:
         # SAELens stops in the middle of a step and saves only the store's state, into a folder
         # that need not exist; here the step is finished and the checkpoint is whole
         try:
-            with _stop_after_this_step(trainer):
+            with stop_after_this_step(trainer):
                 return trainer.fit()
         except InterruptedException:
             if self.cfg.checkpoint_path is not None:
@@ -430,7 +473,7 @@ class RouteSAETrainingRunner(LanguageModelSAETrainingRunner):
 
 
 @contextmanager
-def _stop_after_this_step(trainer: Any) -> Iterator[None]:
+def stop_after_this_step(trainer: Any) -> Iterator[None]:
     """Turn the first SIGINT or SIGTERM into a stop at the end of the step; the second one acts."""
     if threading.current_thread() is not threading.main_thread():
         yield

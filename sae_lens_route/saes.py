@@ -2,17 +2,29 @@
 
 `RoutedSAE` and `RoutedTrainingSAE` are mixins that add the router to a SAELens class and change
 nothing else of it: `encode` and `decode` keep working on the routed activation `[..., d]`, what
-SAELens's tools find at the routed hook. Each architecture is four short class statements.
+SAELens's tools find at the routed hook. Each architecture is a few short class statements:
+
+| architecture               | sparsity                          | saved as         |
+|----------------------------|-----------------------------------|------------------|
+| route_topk                 | k features per token, the paper's | route_topk       |
+| route_batchtopk            | k per token on average            | route_jumprelu   |
+| route_matryoshka_batchtopk | the same, nested dictionaries     | route_jumprelu   |
+| route_jumprelu             | L0 penalty, trained thresholds    | route_jumprelu   |
+| route_standard             | ReLU and an L1 penalty            | route_standard   |
+| route_gated                | a gate with an L1 penalty         | route_gated      |
 
 Training takes batches `[tokens, L, d]` in SAELens's own `SAETrainer`: the mixin routes them and
-hands the routed activation to the base class's `training_forward_pass`. The two things the paper
-adds to that pass enter through the base's own seams: the loss through `mse_loss_fn`, the decoder
-norm through the step counter.
+hands the routed activation to the base class's `training_forward_pass`. What the paper adds to that
+pass enters through the base's own seams: the loss through `mse_loss_fn`, the units of the penalties
+through `calculate_aux_loss`, the decoder norm through the step counter.
+
+With one routed layer (`n_routed_layers=1`) there is nothing to choose, p is 1, and what is left is
+the base class on n(x) of that layer: the single-layer baselines.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -24,6 +36,23 @@ from sae_lens.registry import (
     register_sae_class,
     register_sae_training_class,
 )
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.saes.gated_sae import (
+    GatedSAE,
+    GatedSAEConfig,
+    GatedTrainingSAE,
+    GatedTrainingSAEConfig,
+)
+from sae_lens.saes.jumprelu_sae import (
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
+    JumpReLUTrainingSAE,
+    JumpReLUTrainingSAEConfig,
+)
+from sae_lens.saes.matryoshka_batchtopk_sae import (
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+)
 from sae_lens.saes.sae import (
     SAE,
     SAEConfig,
@@ -31,6 +60,12 @@ from sae_lens.saes.sae import (
     TrainingSAEConfig,
     TrainStepInput,
     TrainStepOutput,
+)
+from sae_lens.saes.standard_sae import (
+    StandardSAE,
+    StandardSAEConfig,
+    StandardTrainingSAE,
+    StandardTrainingSAEConfig,
 )
 from sae_lens.saes.topk_sae import (
     TopKSAE,
@@ -41,9 +76,22 @@ from sae_lens.saes.topk_sae import (
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sae_lens_route.router import Aggregation, Routing, RoutingMode, route
+from sae_lens_route.router import (
+    Aggregation,
+    Routing,
+    RoutingMode,
+    balanced_assignment,
+    normalize,
+    route,
+)
 
 LossName = Literal["normalized_mse", "mse"]
+RouterObjective = Literal["reconstruction", "assignment", "frozen"]
+
+ASSIGNMENT_TEMPERATURE = 0.3
+"""Of the assignment that the router learns, in units of the mean error."""
+COMPARED = 4
+"""One token in this many is encoded at every layer, for the router to learn from."""
 
 
 def normalized_mse(
@@ -77,6 +125,9 @@ class RoutedConfig(_ConfigBase):
             "uniform" (a layer drawn at random, the paper's Random baseline).
         aggregation: how the layers are pooled for the router: "sum", "mean" or "attention".
         routing_seed: seed of the uniform draw.
+        layer_shares: share of the tokens that uniform routing sends to each layer, adding up to 1;
+            None means the same for all. It makes the random router that a trained one is held
+            against.
         normalize_activations: "none": routing normalises every layer per token already.
     """
 
@@ -84,6 +135,7 @@ class RoutedConfig(_ConfigBase):
     routing: RoutingMode = "hard"
     aggregation: Aggregation = "sum"
     routing_seed: int = 0
+    layer_shares: list[float] | None = None
 
     @override
     @classmethod
@@ -101,9 +153,23 @@ class RoutedConfig(_ConfigBase):
                 f"normalize_activations={self.normalize_activations!r}: routing normalises every "
                 "layer per token already, so it must be 'none'"
             )
+        if self.layer_shares is not None:
+            self._check_layer_shares(self.layer_shares)
         k = getattr(self, "k", None)
         if k is not None and not 0 < k <= self.d_sae:
             raise ValueError(f"k={k}: must be between 1 and d_sae={self.d_sae}")
+
+    def _check_layer_shares(self, shares: list[float]) -> None:
+        if self.routing != "uniform":
+            raise ValueError(
+                f"layer_shares={shares}: only routing='uniform' draws layers, not {self.routing!r}"
+            )
+        add_up = abs(sum(shares) - 1) <= 1e-3  # not so for NaN
+        if len(shares) != self.n_routed_layers or min(shares) < 0 or not add_up:
+            raise ValueError(
+                f"layer_shares={shares}: give one share >= 0 for each of the "
+                f"{self.n_routed_layers} routed layers, adding up to 1"
+            )
 
 
 def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
@@ -148,8 +214,26 @@ class RoutedSAE(_Base):
             routing=self.cfg.routing,
             aggregation=self.cfg.aggregation,
             q_router=self.q_router if self.cfg.aggregation == "attention" else None,
+            layer_shares=self._layer_shares(x.device),
             generator=self._uniform_generator(x.device),
         )
+
+    def layer_errors(self, x: Float[Tensor, "... L d"], routing: Routing) -> Float[Tensor, "... L"]:
+        """NormMSE of every token at every layer, each given the weight of the layer it was sent to.
+
+        One weight for all layers, because the dictionary is trained on routed activations: at
+        another layer's own small probability its biases alone would decide the error.
+        """
+        weight = routing.weight.unsqueeze(-1)
+        errors = []
+        for x_i in x.to(routing.x_route.dtype).unbind(-2):
+            target = weight * normalize(x_i)
+            errors.append(normalized_mse(self.decode(self.encode(target)), target).sum(-1))
+        return torch.stack(errors, dim=-1)
+
+    def _layer_shares(self, device: torch.device) -> Tensor | None:
+        shares = self.cfg.layer_shares
+        return None if shares is None else torch.tensor(shares, device=device)
 
     def encode_layers(self, x: Float[Tensor, "... L d"]) -> Float[Tensor, "... d_sae"]:
         """Feature activations of residual streams: route, then encode."""
@@ -182,6 +266,10 @@ class RoutedTrainingConfig(RoutedConfig, _TrainingConfigBase):
     Args:
         loss: "normalized_mse" (Eq. 12 as the paper's code computes it, blind to the scale of p) or
             "mse" (Eq. 12 as printed; it pays the router for shrinking p).
+        router_objective: "reconstruction" trains the router through p in the loss, as the paper
+            does. "assignment" trains it to predict where each token is reconstructed best when
+            every layer gets the same load (see `assignment_loss`). "frozen" leaves it at its random
+            start.
         decoder_norm_interval: decoder rows are set to unit norm before the first step, then after
             steps 0, N, 2N, ... and before saving; 0 leaves them alone.
         decoder_init_norm: None starts as the reference does (encoder uniform within 1/sqrt(d),
@@ -189,12 +277,19 @@ class RoutedTrainingConfig(RoutedConfig, _TrainingConfigBase):
     """
 
     loss: LossName = "normalized_mse"
+    router_objective: RouterObjective = "reconstruction"
     decoder_norm_interval: int = 10
     decoder_init_norm: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_choice("loss", self.loss, get_args(LossName))
+        _check_choice("router_objective", self.router_objective, get_args(RouterObjective))
+        if self.router_objective == "assignment" and self.routing != "hard":
+            raise ValueError(
+                f"router_objective='assignment': routing={self.routing!r} sends no token to one "
+                "layer of the router's choice; it must be 'hard'"
+            )
         if self.decoder_norm_interval < 0:
             raise ValueError(f"decoder_norm_interval={self.decoder_norm_interval}: must be >= 0")
 
@@ -213,6 +308,10 @@ class RoutedTrainingSAE(RoutedSAE, _TrainingBase):
     def __init__(self, cfg: Any, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
         self.mse_loss_fn = normalized_mse if cfg.loss == "normalized_mse" else _mse
+        if cfg.router_objective == "frozen":
+            for name, parameter in self.named_parameters():
+                if name in ("W_router", "q_router"):
+                    parameter.requires_grad_(False)
 
     @override
     def initialize_weights(self) -> None:
@@ -230,15 +329,78 @@ class RoutedTrainingSAE(RoutedSAE, _TrainingBase):
         `route_weight` (mean probability of the chosen layer) and `route_entropy` (nats, of the
         mean p); all are computed only when read.
         """
-        if self._decoder_norm_is_due(step_input.n_training_steps):
-            self.normalize_decoder()
-        routing = self.route(step_input.sae_in)
-        if getattr(self.cfg, "aux_loss_coefficient", None) == 0:
-            # without a mask SAELens skips the auxiliary loss, and the count that stalls a GPU
-            step_input = replace(step_input, dead_neuron_mask=None)
-        output = super().training_forward_pass(replace(step_input, sae_in=routing.x_route))
+        step_input = self.begin_step(step_input)
+        x = step_input.sae_in
+        routing = self.route(x)
+        learns_assignment = self.cfg.router_objective == "assignment"
+        x_route = routing.x_route.detach() if learns_assignment else routing.x_route
+        output = super().training_forward_pass(replace(step_input, sae_in=x_route))
+        if learns_assignment:
+            loss = self.assignment_loss(x, routing)
+            output.losses["assignment_loss"] = loss
+            output.loss = output.loss + loss
         output.metrics.update(_route_metrics(routing, self.cfg.n_routed_layers))
         return output
+
+    def assignment_loss(
+        self, x: Float[Tensor, "tokens L d"], routing: Routing
+    ) -> Float[Tensor, ""]:
+        """Cross entropy, in nats, of the route probabilities against the balanced assignment.
+
+        A quarter of the tokens are encoded at every layer, without gradients. The assignment of
+        these tokens to layers that has the least error at equal loads is what p should be. Only the
+        router learns from it: dictionary and router take turns, as in k-means, the dictionary
+        getting better at what it is sent, the router sending tokens where they are easy.
+        """
+        compared = Routing(*(part[::COMPARED] for part in routing))
+        with torch.no_grad():
+            errors = self.layer_errors(x[::COMPARED], compared)
+            target = balanced_assignment(errors / errors.mean(), ASSIGNMENT_TEMPERATURE)
+        return -(target * compared.probs.clamp(min=1e-12).log()).sum(-1).mean()
+
+    def begin_step(self, step_input: TrainStepInput) -> TrainStepInput:
+        """Normalise the decoder if it is due, and pass on what SAELens's pass needs."""
+        if self._decoder_norm_is_due(step_input.n_training_steps):
+            self.normalize_decoder()
+        if getattr(self.cfg, "aux_loss_coefficient", None) == 0:
+            # without a mask SAELens skips the auxiliary loss, and the count that stalls a GPU
+            return replace(step_input, dead_neuron_mask=None)
+        return step_input
+
+    @override
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: Tensor,
+        hidden_pre: Tensor,
+        sae_out: Tensor,
+    ) -> dict[str, Tensor]:
+        """The architecture's penalties, in units that suit the loss.
+
+        Beside the normalised loss an L1 norm is taken relative to the mean norm of x_route, a
+        squared error to its mean squared norm. In SAELens's own units both would pay the router for
+        shrinking p, and drown a loss that lies between 0 and 1.
+        """
+        losses = super().calculate_aux_loss(  # type: ignore[safe-super]
+            step_input, feature_acts, hidden_pre, sae_out
+        )
+        assert isinstance(losses, dict)  # as all of SAELens's own classes give them
+        if self.cfg.loss == "mse":
+            return losses
+        squared_norm = step_input.sae_in.pow(2).sum(dim=-1)
+        units = {
+            "l1_loss": lambda: squared_norm.sqrt().mean(),
+            "auxiliary_reconstruction_loss": squared_norm.mean,
+        }
+
+        def off(loss: Tensor) -> bool:
+            """It is a constant, which only shows while gradients are taken."""
+            return torch.is_grad_enabled() and not loss.requires_grad
+
+        return {
+            name: loss if name not in units or off(loss) else loss / units[name]()
+            for name, loss in losses.items()
+        }
 
     def _decoder_norm_is_due(self, step: int) -> bool:
         """Before the first step, and at the start of the step that follows 0, N, 2N, ..."""
@@ -248,13 +410,19 @@ class RoutedTrainingSAE(RoutedSAE, _TrainingBase):
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Set every decoder row to unit norm, in place."""
-        self.W_dec.data.div_(self.W_dec.data.norm(dim=-1, keepdim=True).clamp(min=1e-8))
+        self.W_dec.data.copy_(_unit_rows(self.W_dec.data))
 
     @override
     def save_inference_model(self, path: Any) -> Any:
         if self.cfg.decoder_norm_interval > 0:
             self.normalize_decoder()
         return super().save_inference_model(path)
+
+
+def _unit_rows(W_dec: Float[Tensor, "d_sae d"]) -> Float[Tensor, "d_sae d"]:
+    """Rows of unit norm; those that have it, to rounding, keep their bits, so twice is once."""
+    norm = W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-8)
+    return W_dec / torch.where((norm - 1).abs() < 1e-6, 1.0, norm)
 
 
 def _route_metrics(routing: Routing, n_layers: int) -> dict[str, Any]:
@@ -303,19 +471,221 @@ class RouteTopKTrainingSAE(RoutedTrainingSAE, TopKTrainingSAE):
     cfg: RouteTopKTrainingSAEConfig  # type: ignore[assignment]
 
 
-def _register(
-    sae: type[SAE],
-    config: type[SAEConfig],
+@dataclass
+class RouteJumpReLUSAEConfig(RoutedConfig, JumpReLUSAEConfig):
+    """A RouteSAE with JumpReLU; what batchtopk and matryoshka_batchtopk are saved as, too."""
+
+
+class RouteJumpReLUSAE(RoutedSAE, JumpReLUSAE):
+    """A RouteSAE with JumpReLU, for inference."""
+
+    cfg: RouteJumpReLUSAEConfig  # type: ignore[assignment]
+
+
+@dataclass(kw_only=True)
+class RouteJumpReLUTrainingSAEConfig(RoutedTrainingConfig, JumpReLUTrainingSAEConfig):
+    """Training configuration of a RouteSAE with JumpReLU.
+
+    Args:
+        l0_coefficient: weight of the L0 penalty against the loss. SAELens's 1.0 stands against the
+            squared error; against NormMSE the same weight is 1/d.
+        jumprelu_init_threshold: None means 0.05 * sqrt(d_in), which is 0.05 for inputs scaled to
+            norm 1.
+        jumprelu_bandwidth: None means the same.
+    """
+
+    l0_coefficient: float = 0.01
+    jumprelu_init_threshold: float | None = None  # type: ignore[assignment]
+    jumprelu_bandwidth: float | None = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        scaled = 0.05 * self.d_in**0.5
+        if self.jumprelu_init_threshold is None:
+            self.jumprelu_init_threshold = scaled
+        if self.jumprelu_bandwidth is None:
+            self.jumprelu_bandwidth = scaled
+        super().__post_init__()
+
+
+class RouteJumpReLUTrainingSAE(RoutedTrainingSAE, JumpReLUTrainingSAE):
+    """A RouteSAE with JumpReLU, for training."""
+
+    cfg: RouteJumpReLUTrainingSAEConfig  # type: ignore[assignment]
+
+
+@dataclass
+class RouteStandardSAEConfig(RoutedConfig, StandardSAEConfig):
+    """A RouteSAE with ReLU."""
+
+
+class RouteStandardSAE(RoutedSAE, StandardSAE):
+    """A RouteSAE with ReLU, for inference."""
+
+    cfg: RouteStandardSAEConfig  # type: ignore[assignment]
+
+
+@dataclass(kw_only=True)
+class RouteStandardTrainingSAEConfig(RoutedTrainingConfig, StandardTrainingSAEConfig):
+    """Training configuration of a RouteSAE with ReLU and an L1 penalty.
+
+    Args:
+        l1_coefficient: weight of the L1 penalty. Under the normalised loss the penalty is divided
+            by the mean norm of x_route, so the weight does not depend on d.
+    """
+
+    l1_coefficient: float = 0.3
+
+
+class RouteStandardTrainingSAE(RoutedTrainingSAE, StandardTrainingSAE):
+    """A RouteSAE with ReLU, for training."""
+
+    cfg: RouteStandardTrainingSAEConfig  # type: ignore[assignment]
+
+
+@dataclass
+class RouteGatedSAEConfig(RoutedConfig, GatedSAEConfig):
+    """A RouteSAE with a gated encoder."""
+
+
+class RouteGatedSAE(RoutedSAE, GatedSAE):
+    """A RouteSAE with a gated encoder, for inference."""
+
+    cfg: RouteGatedSAEConfig  # type: ignore[assignment]
+
+
+@dataclass(kw_only=True)
+class RouteGatedTrainingSAEConfig(RoutedTrainingConfig, GatedTrainingSAEConfig):
+    """Training configuration of a RouteSAE with a gated encoder.
+
+    Args:
+        l1_coefficient: weight of the L1 penalty on the gate, in the units of `route_standard`'s.
+    """
+
+    l1_coefficient: float = 0.3
+
+
+class RouteGatedTrainingSAE(RoutedTrainingSAE, GatedTrainingSAE):
+    """A RouteSAE with a gated encoder, for training."""
+
+    cfg: RouteGatedTrainingSAEConfig  # type: ignore[assignment]
+
+
+@dataclass(kw_only=True)
+class RouteBatchTopKTrainingSAEConfig(RoutedTrainingConfig, BatchTopKTrainingSAEConfig):
+    """Training configuration of a RouteSAE with BatchTopK."""
+
+    k: float = 64  # type: ignore[assignment]
+    aux_loss_coefficient: float = 0.0
+    rescale_acts_by_decoder_norm: bool = False
+
+
+class RouteBatchTopKTrainingSAE(RoutedTrainingSAE, BatchTopKTrainingSAE):
+    """A RouteSAE with BatchTopK, for training; saved as `route_jumprelu`."""
+
+    cfg: RouteBatchTopKTrainingSAEConfig  # type: ignore[assignment]
+
+
+@dataclass(kw_only=True)
+class RouteMatryoshkaBatchTopKTrainingSAEConfig(
+    RoutedTrainingConfig, MatryoshkaBatchTopKTrainingSAEConfig
+):
+    """Training configuration of a RouteSAE with nested BatchTopK dictionaries.
+
+    Args:
+        matryoshka_widths: sizes of the nested dictionaries, ascending; an empty list means an
+            eighth, a quarter, a half and all of d_sae.
+    """
+
+    k: float = 64  # type: ignore[assignment]
+    aux_loss_coefficient: float = 0.0
+    rescale_acts_by_decoder_norm: bool = False
+    matryoshka_widths: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.matryoshka_widths:
+            self.matryoshka_widths = [max(1, self.d_sae // n) for n in (8, 4, 2, 1)]
+
+
+class RouteMatryoshkaBatchTopKTrainingSAE(RoutedTrainingSAE, MatryoshkaBatchTopKTrainingSAE):
+    """A RouteSAE with nested BatchTopK dictionaries, for training; saved as `route_jumprelu`."""
+
+    cfg: RouteMatryoshkaBatchTopKTrainingSAEConfig  # type: ignore[assignment]
+
+
+def to_inference(training_sae: TrainingSAE[Any]) -> SAE[Any]:
+    """A trained SAE as saving and loading would give it back."""
+    config = training_sae.cfg.get_inference_sae_cfg_dict()
+    weights = _inference_weights(training_sae)
+    if isinstance(training_sae, RoutedTrainingSAE) and training_sae.cfg.decoder_norm_interval > 0:
+        weights["W_dec"] = _unit_rows(weights["W_dec"])
+    return _built(config, weights)
+
+
+def as_routed(training_sae: TrainingSAE[Any]) -> SAE[Any]:
+    """An SAELens SAE trained on n(x) of one layer, as the RouteSAE with that one routed layer.
+
+    With a single layer to choose, p is 1 and x_route is n(x), so whatever takes a RouteSAE takes
+    the SAE, and the normalisation goes with it.
+
+    Raises:
+        ValueError: SAELens's architecture has no routed counterpart.
+    """
+    config = training_sae.cfg.get_inference_sae_cfg_dict()
+    architecture = f"route_{config['architecture']}"
+    if architecture not in SAE_CLASS_REGISTRY:
+        raise ValueError(f"{config['architecture']!r} has no routed counterpart {architecture!r}")
+    weights = _inference_weights(training_sae)
+    W_router = torch.zeros(training_sae.cfg.d_in, 1, dtype=training_sae.dtype)
+    weights["W_router"] = W_router.to(training_sae.device)
+    return _built({**config, "architecture": architecture, "n_routed_layers": 1}, weights)
+
+
+def _inference_weights(training_sae: TrainingSAE[Any]) -> dict[str, Tensor]:
+    weights = {name: value.detach().clone() for name, value in training_sae.state_dict().items()}
+    training_sae.process_state_dict_for_saving_inference(weights)
+    return weights
+
+
+def _built(config: dict[str, Any], weights: dict[str, Tensor]) -> SAE[Any]:
+    sae = SAE.from_dict(config)
+    sae.process_state_dict_for_loading(weights)
+    sae.load_state_dict(weights)
+    return sae.to(config["device"])
+
+
+def register(
     training_sae: type[TrainingSAE],
     training_config: type[TrainingSAEConfig],
+    sae: type[SAE] | None = None,
+    config: type[SAEConfig] | None = None,
 ) -> None:
-    """Make SAELens know an architecture; again after an autoreload, without its error."""
-    architecture = config.architecture()
-    SAE_CLASS_REGISTRY.pop(architecture, None)
+    """Make SAELens know an architecture; again after an autoreload, without its error.
+
+    Without `sae` and `config`, the architecture is saved as another one's.
+    """
+    architecture = training_config.architecture()
     SAE_TRAINING_CLASS_REGISTRY.pop(architecture, None)
-    # the training config looks its inference class up, so that one goes first
-    register_sae_class(architecture, sae, config)
+    if sae is not None and config is not None:
+        # the training config looks its inference class up, so that one goes first
+        SAE_CLASS_REGISTRY.pop(architecture, None)
+        register_sae_class(architecture, sae, config)
     register_sae_training_class(architecture, training_sae, training_config)
 
 
-_register(RouteTopKSAE, RouteTopKSAEConfig, RouteTopKTrainingSAE, RouteTopKTrainingSAEConfig)
+register(RouteTopKTrainingSAE, RouteTopKTrainingSAEConfig, RouteTopKSAE, RouteTopKSAEConfig)
+register(
+    RouteJumpReLUTrainingSAE,
+    RouteJumpReLUTrainingSAEConfig,
+    RouteJumpReLUSAE,
+    RouteJumpReLUSAEConfig,
+)
+register(
+    RouteStandardTrainingSAE,
+    RouteStandardTrainingSAEConfig,
+    RouteStandardSAE,
+    RouteStandardSAEConfig,
+)
+register(RouteGatedTrainingSAE, RouteGatedTrainingSAEConfig, RouteGatedSAE, RouteGatedSAEConfig)
+register(RouteBatchTopKTrainingSAE, RouteBatchTopKTrainingSAEConfig)
+register(RouteMatryoshkaBatchTopKTrainingSAE, RouteMatryoshkaBatchTopKTrainingSAEConfig)

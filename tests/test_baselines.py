@@ -355,7 +355,7 @@ def test_saelens_knows_the_architectures():
         for _ in range(2):
             assert get_sae_class(architecture) == CLASSES[kind]
             assert get_sae_training_class(architecture) == CLASSES[f"{kind}, training"]
-            baselines._register(*CLASSES[kind], *CLASSES[f"{kind}, training"])  # autoreload
+            baselines.register(*CLASSES[f"{kind}, training"], *CLASSES[kind])  # autoreload
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ ARGUMENTS = {
     "contexts.py": ["--tiny"],
     "routing_collapse.py": ["--training-tokens", 4096, "--eval-tokens", 512, "--seeds", 1],
     "splice.py": ["--tiny"],
+    "sweep.py": ["--shape", "tiny", "--steps", 2, "--rounds", 1, "--work", "{tmp}"],
     "topk_at_block_11.py": ["--training-tokens", 8192, "--eval-tokens", 512, "--seeds", 1],
     "training_step.py": ["--shape", "tiny", "--rounds", 1, "--work", "{tmp}"],
 }

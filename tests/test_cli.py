@@ -170,3 +170,132 @@ def test_steer_and_dashboard(tmp_path):
     result = call("dashboard", out, "--n-features", 2, "--max-tokens", 512)
     assert result.exit_code == 0, result.output
     assert (out / "dashboard.html").stat().st_size < 15e6
+
+
+# --- sweep ---------------------------------------------------------------------------------------
+
+SWEEP = {
+    **SMALL,
+    "routed_layers": "3-6",
+    "runs": {
+        "route": {"k": [4, 8]},
+        "random": {"routing": "uniform"},
+        "soft": {"routing": "soft", "blocks": "4-5"},
+        "crosscoder": {"architecture": "crosscoder", "l1_coefficient": "3e-3", "blocks": [3, 6]},
+        "topk": {"architecture": "topk", "blocks": [6], "d_sae": 96},
+    },
+    "seeds": [0, 1],
+}
+
+
+def write_yaml(path, content):
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_sweep_trains_evaluates_and_draws(tmp_path):
+    file, out = write_yaml(tmp_path / "sweep.yaml", SWEEP), tmp_path / "out"
+    result = call("sweep", "--config", file, "--output-path", out, "--eval-tokens", 64)
+    assert result.exit_code == 0, result.output
+    rows = {row["name"]: row for row in json.loads((out / "sweep.json").read_text())}
+    labels = {"route k=4", "route k=8", "random", "soft", "crosscoder", "topk"}
+    assert rows.keys() == {f"{label} seed={seed}" for label in labels for seed in (0, 1)}
+    # the file's k and d_sae hold where a run has none of its own and its architecture has the field
+    given = {name: (row["k"], row["d_sae"], row["l1_coefficient"]) for name, row in rows.items()}
+    assert given["random seed=0"] == (8, 128, None)
+    assert given["topk seed=1"] == (8, 96, None)
+    assert given["crosscoder seed=0"] == (None, 128, 0.003)
+    assert rows["soft seed=0"]["blocks"] == [4, 5] and "kl" not in rows["soft seed=0"]
+    for name, row in rows.items():
+        assert json.loads((out / name / "cfg.json").read_text())["d_sae"] == row["d_sae"]
+        (line,) = [line for line in result.stdout.splitlines() if line.startswith(name)]
+        assert f"{row['norm_mse']:.4f}" in line
+    figures = [
+        f"{metric}_by_l0.{kind}" for metric in ("norm_mse", "kl") for kind in ("html", "svg")
+    ]
+    for written in ("sweep.json", "sweep.csv", "sweep.parquet", *figures):
+        assert (out / written).stat().st_size and f"wrote {out / written}" in result.stdout
+    svg = (out / "norm_mse_by_l0.svg").read_text()
+    assert all(f"<!-- {label} -->" in svg for label in SWEEP["runs"])
+    assert "<!-- soft -->" not in (out / "kl_by_l0.svg").read_text()
+    again = call("sweep", "--config", file, "--output-path", out)
+    assert again.exit_code == 2 and "already holds a run" in again.output
+
+
+def test_sweep_goes_on_from_a_checkpoint(tmp_path):
+    file = write_yaml(
+        tmp_path / "sweep.yaml",
+        {**SWEEP, "seeds": [0], "n_checkpoints": 1, "output_path": "unused"},
+    )
+    size = ("--eval-tokens", 32)
+    whole = call("sweep", "--config", file, "--output-path", tmp_path / "a", *size)
+    assert whole.exit_code == 0, whole.output
+    (checkpoint,) = (tmp_path / "a" / "checkpoints").glob("*/*")
+    rest = call(
+        "sweep", "--config", file, "--output-path", tmp_path / "b", *size,
+        "--resume-from-checkpoint", checkpoint,
+    )  # fmt: skip
+    assert rest.exit_code == 0, rest.output
+    ours, theirs = (json.loads((tmp_path / x / "sweep.json").read_text()) for x in "ab")
+    for row, other in zip(ours, theirs, strict=True):
+        assert row["norm_mse"] == pytest.approx(other["norm_mse"], abs=1e-6), row["name"]
+    assert not (tmp_path / "unused").exists()
+
+
+def test_sweep_shows_what_it_would_train(tmp_path):
+    file = write_yaml(tmp_path / "sweep.yaml", {**SWEEP, "output_path": str(tmp_path / "x")})
+    result = call("sweep", "--config", file, "--dry-run")
+    assert result.exit_code == 0, result.output
+    lines = {line.split("  ")[0]: line.split() for line in result.stdout.splitlines()}
+    assert lines["route k=4 seed=1"][3:] == [
+        "route_topk", "k=4", "128", "3", "4", "5", "6", "1", f"{2 * 64 * 128 + 192 + 4 * 64:,}"
+    ]  # fmt: skip
+    assert lines["soft seed=0"][2:7] == ["route_topk", "k=8", "128", "4", "5"]
+    assert "steps: 10 of 64 tokens" in result.stdout
+    assert "saes" in result.stdout and "GB on cpu" in result.stdout
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"runs": {}}, "runs: name at least one dictionary"),
+        ({"runs": None}, "runs: name at least one dictionary"),
+        ({"runs": {"x": 3}}, "run 'x' of the sweep: 3 must be fields and values"),
+        ({"runs": {"x": {"architecture": "no"}}}, "run 'x' of the sweep: architecture='no'"),
+        ({"runs": {"x": {"kk": 3}}}, "run 'x' of the sweep: unknown field 'kk'"),
+        ({"runs": {"x": {"k": "many"}}}, "run 'x' of the sweep: k='many': must be int"),
+        ({"runs": {"x": {"k": [4, "many"]}}}, "run 'x' of the sweep: k='many': must be int"),
+        ({"runs": {"x": {"k": 1000}}}, "run 'x' of the sweep: k=1000: must be between"),
+        ({"runs": {"x": {"blocks": [3, 9]}}}, "entry 'x': blocks=[3, 9] must ascend"),
+        ({"runs": {"x": {"blocks": 3}}}, "run 'x' of the sweep: blocks=3: must be a list"),
+        ({"runs": {"x": {"architecture": "topk"}}}, "entry 'x': 'topk' has no router"),
+        ({"runs": {"a/b": {}}}, "entry 'a/b': its name is that of a folder"),
+        ({"seeds": 3}, "seeds=3: must be a list of int"),
+        ({"seeds": []}, "seeds=[]: give at least one"),
+        ({"kk": 3}, "unknown field 'kk'"),
+        ({"k": [4, 8]}, "k=[4, 8]: must be int"),
+        ({"dataset_path": "./nowhere"}, "--dataset: name held-out text"),
+        ({"resume_from_checkpoint": "./no"}, "resume_from_checkpoint='no': holds no whole"),
+        ({"output_path": None}, "output_path: name a folder"),
+    ],
+)
+def test_mistakes_in_a_sweep_end_in_one_line(tmp_path, changes, message):
+    content = {**SWEEP, "runs": {"x": {}}, "seeds": [0], "output_path": str(tmp_path / "out")}
+    file = write_yaml(tmp_path / "sweep.yaml", content | changes)
+    result = call("sweep", "--config", file)
+    assert result.exit_code == 2, result.output
+    (line,) = [line for line in result.output.splitlines() if line.startswith("error:")]
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_mistakes_in_a_sweep(tmp_path):
+    file = write_yaml(tmp_path / "sweep.yaml", {**SWEEP, "output_path": str(tmp_path / "out")})
+    result = call("sweep", "--config", file, "--dataset", "./nowhere")
+    assert result.exit_code == 2 and "no such file or folder" in result.output
+    assert call("sweep", "--config", tmp_path / "no.yaml").exit_code == 2
+    (tmp_path / "bad.yaml").write_text("runs: [")
+    result = call("sweep", "--config", tmp_path / "bad.yaml")
+    assert result.exit_code == 2 and "not YAML" in result.output
+    assert not (tmp_path / "out").exists()

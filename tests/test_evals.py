@@ -9,9 +9,13 @@ from golden_numbers import golden_sae, load
 from sae_lens import SAE
 from small import TINYLLAMA, small_config, tokens_dataset
 
+from sae_lens_route.activations import RoutedActivationsStore
+from sae_lens_route.baselines import TopKCrosscoder, TopKCrosscoderConfig
 from sae_lens_route.evals import (
+    CrosscoderMetrics,
     downstream_metrics,
     evaluate,
+    evaluate_all,
     reconstruction_metrics,
     saelens_metrics,
 )
@@ -187,3 +191,136 @@ def test_saelens_own_evaluation_runs_and_agrees(trained):
         ours.reconstruction.explained_variance, rel=1e-3
     )
     assert theirs["sparsity"]["l0"] == pytest.approx(ours.reconstruction.l0, rel=1e-4)
+
+
+# --- crosscoders, and many at once ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def crosscoder(trained):
+    """A crosscoder of random weights over blocks 3, 4 and 6."""
+    metadata = trained[1].cfg.metadata
+    torch.manual_seed(5)
+    sae = TopKCrosscoder(TopKCrosscoderConfig(d_in=3 * 64, d_sae=128, k=8, n_routed_layers=3))
+    for weight in (sae.W_enc, sae.W_dec):
+        torch.nn.init.normal_(weight, std=192**-0.5)
+    torch.nn.init.normal_(sae.b_dec, std=0.1)
+    sae.cfg.metadata = type(metadata)(**metadata.to_dict())
+    sae.cfg.metadata.routed_layers = [3, 4, 6]
+    sae.cfg.metadata.hook_names = [f"blocks.{i}.hook_resid_post" for i in (3, 4, 6)]
+    sae.cfg.metadata.hook_name = "blocks.6.hook_resid_stack"
+    return sae
+
+
+def standardized(x):
+    return (x - x.mean()) / (x.std() + 1e-6)
+
+
+@torch.no_grad()
+def test_a_crosscoders_metrics_against_brute_force(trained, crosscoder):
+    """Token by token: NormMSE per layer, L0, and KL through a forward pass that is written out."""
+    model = trained[0]
+    size = {"max_tokens": 64, "batch_size": 4}
+    result = evaluate(model, crosscoder, tokens_dataset(8), **size)
+    rebuilt, downstream = result.reconstruction, result.downstream
+    assert isinstance(rebuilt, CrosscoderMetrics) and downstream is not None
+    assert result.downstream_unscaled is None and downstream.route_agreement is None
+
+    text = RoutedActivationsStore.from_sae(model, crosscoder, tokens_dataset(8))
+    (tokens,) = text.token_batches(64)
+    special = torch.tensor([0, 1])  # BOS and padding of the tiny Llama
+    kept = ~torch.isin(tokens, special)
+    assert 0 < (~kept).sum() < kept.numel()
+    _, cache = model.run_with_cache(tokens)
+    streams = {i: cache[f"blocks.{i}.hook_resid_post"].clone() for i in (3, 4, 6)}
+    replaced = {i: stream.clone() for i, stream in streams.items()}
+    errors, active, squared, stacks = {3: [], 4: [], 6: []}, [], [], []
+    for row, at in kept.nonzero().tolist():
+        n = {i: standardized(stream[row, at]) for i, stream in streams.items()}
+        h = torch.cat(list(n.values()))
+        pre = (h - crosscoder.b_dec * crosscoder.cfg.apply_b_dec_to_input) @ crosscoder.W_enc
+        pre = (pre + crosscoder.b_enc).relu()
+        z = torch.where(pre >= pre.topk(8).values[-1], pre, 0)
+        h_hat = z @ crosscoder.W_dec + crosscoder.b_dec
+        active.append(int((z > 0).sum()))
+        stacks.append(h)
+        squared.append(float((h - h_hat).pow(2).sum()))
+        for i, part in zip(n, h_hat.split(64), strict=True):
+            errors[i].append(float((n[i] - part).pow(2).sum() / n[i].pow(2).sum()))
+            x = streams[i][row, at]
+            replaced[i][row, at] = part * (x.std() + 1e-6) + x.mean()
+    by_layer = [sum(errors[i]) / len(errors[i]) for i in (3, 4, 6)]
+    assert rebuilt.n_tokens == len(active) == downstream.n_tokens
+    assert rebuilt.norm_mse_by_layer == pytest.approx(by_layer, rel=1e-4)
+    assert rebuilt.norm_mse == pytest.approx(sum(by_layer) / 3, rel=1e-4)
+    assert rebuilt.l0 == pytest.approx(sum(active) / len(active), rel=1e-6)
+    h = torch.stack(stacks)
+    variance = float((h - h.mean(0)).pow(2).sum())
+    assert rebuilt.explained_variance == pytest.approx(1 - sum(squared) / variance, rel=1e-4)
+
+    hooks = [
+        (f"blocks.{i}.hook_resid_post", lambda _x, hook, new=new: new)
+        for i, new in replaced.items()
+    ]
+    clean = model(tokens).log_softmax(-1)
+    spliced = model.run_with_hooks(tokens, fwd_hooks=hooks).log_softmax(-1)
+    kl = (clean.exp() * (clean - spliced)).sum(-1)[kept]
+    assert downstream.kl == pytest.approx(float(kl.mean()), rel=1e-3)
+    # every kept token is written to in every layer
+    assert downstream.kl_by_layer == pytest.approx([downstream.kl] * 3)
+    targets = tokens[:, 1:, None]
+    ce = -spliced[:, :-1].gather(-1, targets).squeeze(-1)[kept[:, 1:]].mean()
+    assert downstream.ce_spliced == pytest.approx(float(ce), rel=1e-4)
+    assert not any(module._forward_hooks for module in model.blocks)
+
+
+def test_dead_features_of_a_crosscoder_are_those_no_token_fires(trained, crosscoder):
+    model = trained[0]
+    (result,) = evaluate_all(
+        model, {"x": crosscoder}, tokens_dataset(8), max_tokens=64, batch_size=4
+    ).values()
+    text = RoutedActivationsStore.from_sae(model, crosscoder, tokens_dataset(8))
+    (x,) = text.activation_batches(64)
+    fired = (crosscoder.encode_layers(x) > 0).any(0)
+    assert result.reconstruction.dead_features == int((~fired).sum()) > 0
+
+
+def assert_close(a, b):
+    """Metrics of two evaluations, to 1e-12; what is null in one is null in the other."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        a, b = list(a.values()), list(b.values())
+    if isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_close(x, y)
+    else:
+        assert a == b or a == pytest.approx(b, rel=1e-12, abs=1e-12)
+
+
+def test_many_are_evaluated_with_one_reading_of_the_text(trained, crosscoder):
+    """Whatever the company: alone, in another order, and over blocks that others do not read."""
+    model, sae = trained
+    size = {"max_tokens": 128, "batch_size": 4}
+    alone = {
+        "sae": evaluate(model, sae, tokens_dataset(8), **size).to_dict(),
+        "crosscoder": evaluate(model, crosscoder, tokens_dataset(8), **size).to_dict(),
+    }
+    for saes in (
+        {"sae": sae, "crosscoder": crosscoder},
+        {"crosscoder": crosscoder, "sae": sae},
+    ):
+        together = evaluate_all(model, saes, tokens_dataset(8), unscaled=True, **size)
+        for name, expected in alone.items():
+            assert_close(together[name].to_dict(), expected)
+    without = evaluate_all(model, {"sae": sae}, tokens_dataset(8), **size)["sae"]
+    assert without.downstream_unscaled is None
+    assert_close(without.downstream._asdict(), alone["sae"]["downstream"])
+
+
+def test_saes_that_read_text_differently_are_refused(trained, crosscoder):
+    model, sae = trained
+    other = SAE.from_dict(sae.cfg.to_dict())
+    other.cfg.metadata.context_size = 8
+    with pytest.raises(ValueError, match=r"read text differently .*context_size"):
+        evaluate_all(model, {"a": crosscoder, "b": other}, tokens_dataset(8), max_tokens=64)

@@ -20,6 +20,12 @@ def test_train_then_read_and_edit(tmp_path):
     assert "nats per token" in run("read_and_edit.py", folder)
 
 
+def test_sweep(tmp_path):
+    lines = run("sweep.py", tmp_path / "sweep", 4_096, 256).splitlines()
+    assert sum("nats per token" in line for line in lines) == 9
+    assert (tmp_path / "sweep" / "kl_by_l0.svg").exists()
+
+
 def test_every_example_is_run_here():
-    tested = {"train.py", "read_and_edit.py"}
+    tested = {"train.py", "read_and_edit.py", "sweep.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested

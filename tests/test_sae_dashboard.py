@@ -2,17 +2,16 @@
 
 import json
 import re
-from dataclasses import dataclass
 
 import pytest
 import torch
-from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens import SAE
 from small import TINYLLAMA, tokens_dataset
-from test_dashboards import BLOCKS, Page, in_browser, open_page, routed_sae
+from test_architectures import every_architecture, make_trained, tinyllama  # noqa: F401
+from test_dashboards import Page, in_browser, open_page, routed_sae
 
 from sae_lens_route.dashboards import sae_dashboard_data, sae_dashboard_pages
 from sae_lens_route.models import load_model
-from sae_lens_route.saes import RoutedConfig, RoutedSAE
 
 pytest.importorskip(
     "sae_dashboard",
@@ -35,8 +34,7 @@ def tokens():
     return torch.tensor(tokens_dataset(20, 48)["tokens"])
 
 
-@pytest.fixture(scope="module")
-def acts(model, sae, tokens):
+def acts_of(model, sae, tokens):
     """What `sae.encode` gives at the routed activations, zero at special tokens."""
     names = sae.cfg.metadata.hook_names
     with torch.no_grad():
@@ -46,11 +44,15 @@ def acts(model, sae, tokens):
     return acts.masked_fill(special[..., None], 0)
 
 
-def test_maxima_it_shows_are_those_of_encode(model, sae, tokens, acts):
-    hooks = set(model.hook_dict)
-    data = sae_dashboard_data(model, sae, tokens, n_features=12)
+@pytest.fixture(scope="module")
+def acts(model, sae, tokens):
+    return acts_of(model, sae, tokens)
+
+
+def assert_shows(data, acts, n_features):
+    """The strongest features, with the maxima and densities of `acts` [n, pos, d_sae]."""
     maxima = acts.amax((0, 1))
-    assert list(data.feature_data_dict) == maxima.argsort(descending=True)[:12].tolist()
+    assert list(data.feature_data_dict) == maxima.argsort(descending=True)[:n_features].tolist()
     # it shows 5 tokens on either side, so never what is nearer to an end
     inner_maxima = acts[:, 5:-5].amax((0, 1))
     for feature, shown in data.feature_data_dict.items():
@@ -61,40 +63,29 @@ def test_maxima_it_shows_are_those_of_encode(model, sae, tokens, acts):
             for act in sequence.feat_acts
         )
         assert inner_maxima[feature] - 1e-4 <= strongest <= maxima[feature] + 1e-4
-        density = f"{int((acts[..., feature] > 0).sum()) / tokens.numel():.3%}"
+        density = f"{int((acts[..., feature] > 0).sum()) / acts[..., 0].numel():.3%}"
         assert density in shown.acts_histogram_data.title
+
+
+def test_maxima_it_shows_are_those_of_encode(model, sae, tokens, acts):
+    hooks = set(model.hook_dict)
+    assert_shows(sae_dashboard_data(model, sae, tokens, n_features=12), acts, 12)
     assert set(model.hook_dict) == hooks, "the routed hook is gone again"
 
 
-@dataclass
-class RouteJumpReLUSAEConfig(RoutedConfig, JumpReLUSAEConfig):
-    """What SAELens saves batchtopk and its kin as."""
-
-
-class RouteJumpReLUSAE(RoutedSAE, JumpReLUSAE):
-    cfg: RouteJumpReLUSAEConfig
-
-
-def test_a_base_without_topk(model, sae, tokens):
-    metadata = sae.cfg.metadata
-    cfg = RouteJumpReLUSAEConfig(
-        d_in=sae.cfg.d_in, d_sae=sae.cfg.d_sae, n_routed_layers=len(BLOCKS), metadata=metadata
-    )
-    jumprelu = RouteJumpReLUSAE(cfg)
-    weights = {**sae.state_dict(), "threshold": torch.full((sae.cfg.d_sae,), 0.5)}
-    jumprelu.load_state_dict(weights)
-    names = metadata.hook_names
-    with torch.no_grad():
-        _, cache = model.run_with_cache(tokens, names_filter=names)
-        acts = jumprelu.encode_layers(torch.stack([cache[name] for name in names], dim=2))
-    special = torch.isin(tokens, torch.tensor(model.tokenizer.all_special_ids))
-    acts = acts.masked_fill(special[..., None], 0)
-    data = sae_dashboard_data(model, jumprelu, tokens, n_features=5)
-    assert set(data.feature_data_dict) == set(acts.amax((0, 1)).topk(5).indices.tolist())
-    for feature, shown in data.feature_data_dict.items():
-        density = f"{int((acts[..., feature] > 0).sum()) / tokens.numel():.3%}"
-        assert density in shown.acts_histogram_data.title
-    assert torch.equal(jumprelu.threshold, weights["threshold"])
+@every_architecture
+def test_every_architecture(make_trained, tinyllama, tokens, architecture, tmp_path):  # noqa: F811
+    sae = SAE.load_from_disk(make_trained(architecture)[1])
+    weights = {name: value.clone() for name, value in sae.state_dict().items()}
+    acts = acts_of(tinyllama, sae, tokens)
+    assert (acts.amax((0, 1)).topk(6).values > 0).all()
+    assert_shows(sae_dashboard_data(tinyllama, sae, tokens, n_features=6), acts, 6)
+    path = sae_dashboard_pages(tinyllama, sae, tokens, tmp_path / "p.html", n_features=6)
+    text = path.read_text(encoding="utf-8")
+    start = int(json.loads(re.search(r"const START_KEY = (\"\d+\");", text)[1]))
+    assert start == int(acts.amax((0, 1)).argmax())
+    assert "<script src" not in text
+    assert all(torch.equal(value, weights[name]) for name, value in sae.state_dict().items())
 
 
 def test_the_callers_sae_stays_as_it_is(model, tokens):

@@ -1,0 +1,346 @@
+"""What a reproduction's numbers say: routing gain, tables in Markdown, figures.
+
+All of it is computed from the content of `reproduction.json`, so it can be drawn again without
+training anything.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scipy import stats
+
+from sae_lens_route.plots import (
+    feature_profiles,
+    routing_shares,
+    threshold_curves,
+    tradeoff,
+    write_figure,
+)
+
+ROUTE = "RouteSAE"
+ASSIGNMENT = "RouteSAE, assignment"
+FROZEN = "RouteSAE, frozen router"
+RANDOM = "Random"
+TOPK = "TopK"
+PLAIN_MSE = "RouteSAE, plain MSE"
+ROUTERS = (ROUTE, FROZEN, ASSIGNMENT)
+"""Methods with a router that is held against a random one with its shares."""
+TRADE_OFF = (ROUTE, ASSIGNMENT, RANDOM, TOPK)
+"""Methods that are trained at further sparsities."""
+BASELINES = (TOPK, "ReLU", "Gated", "JumpReLU")
+"""Single-layer methods that the paper's claims are held against."""
+
+THRESHOLD_SHARES = (0.1, 0.15, 0.2, 0.25, 0.331, 0.4)
+"""Thresholds on activations, as shares of sqrt(d_in); the paper's 15 is 0.331."""
+READ_SHARE = 0.2
+"""The one that features are read at: the demo model's features are weaker than Llama's."""
+
+
+class Interval(NamedTuple):
+    """A mean over seeds with its 95 % t-interval; without one for a single seed."""
+
+    mean: float
+    half_width: float | None
+
+    def __str__(self) -> str:
+        return self.show()
+
+    def show(self, form: str = ".3f") -> str:
+        """As text: mean ± half width."""
+        half = "" if self.half_width is None else f" ± {self.half_width:{form.lstrip('+')}}"
+        return f"{self.mean:{form}}{half}"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and 95 % interval of a few independent values, by Student's t."""
+    if len(values) < 2:
+        return Interval(values[0], None)
+    spread = statistics.stdev(values) / len(values) ** 0.5
+    return Interval(statistics.fmean(values), float(stats.t.ppf(0.975, len(values) - 1)) * spread)
+
+
+def routing_gain(
+    router: Sequence[Mapping[str, Any]], random: Sequence[Mapping[str, Any]], metric: str
+) -> Interval:
+    """How much lower a metric is with a router than with a random one of the same shares.
+
+    1 - router / random for each seed: both dictionaries are trained on their own partition, so what
+    is left is what the partition itself is worth. Shares alone, which decide how hard the layers
+    are, cancel.
+
+    Args:
+        router: Rows of a sweep for one router.
+        random: The rows of its share-matched random routers, with the same seeds.
+        metric: "norm_mse" or "kl".
+
+    Raises:
+        ValueError: the seeds differ.
+    """
+    by_seed = {row["seed"]: row[metric] for row in random}
+    if sorted(by_seed) != sorted(row["seed"] for row in router):
+        raise ValueError(f"random routers have seeds {sorted(by_seed)}, the router others")
+    return interval([1 - row[metric] / by_seed[row["seed"]] for row in router])
+
+
+def at_shares(row: Mapping[str, Any], shares: Sequence[float], metric: str) -> float | None:
+    """A metric of one router had it the shares of another: its layers' means, weighted anew.
+
+    Args:
+        row: Of a sweep.
+        shares: One for each routed layer.
+        metric: "norm_mse" or "kl".
+    """
+    by_layer = row[f"{metric}_by_layer"]
+    if any(value is None and share > 0 for value, share in zip(by_layer, shares, strict=True)):
+        return None
+    return sum((value or 0.0) * share for value, share in zip(by_layer, shares, strict=True))
+
+
+# --- tables and figures --------------------------------------------------------------------------
+
+
+def tables(content: Mapping[str, Any]) -> dict[str, str]:
+    """Every table of the page, in Markdown, by name."""
+    return {
+        "settings": _settings_table(content),
+        "routers": _routers_table(content),
+        "shares": _shares_table(content),
+        "methods": _methods_table(content),
+        "sparsity": _sparsity_table(content),
+        "features": _features_table(content),
+        "claims": _claims_table(content),
+        "unscaled": _unscaled_table(content),
+        "feature-layers": _feature_layers_table(content),
+    }
+
+
+def fill_tables(page: Path, by_name: Mapping[str, str]) -> None:
+    """Put the tables between their markers in a Markdown file; the rest stays as it is.
+
+    Raises:
+        ValueError: the page marks a table that there is none for.
+    """
+
+    def filled(match: re.Match[str]) -> str:
+        if match[2] not in by_name:
+            raise ValueError(f"{page}: no table {match[2]!r}; there are {', '.join(by_name)}")
+        return f"{match[1]}\n{by_name[match[2]]}\n{match[3]}"
+
+    pattern = r"(<!-- table: ([\w-]+) -->).*?(<!-- /table -->)"
+    page.write_text(re.sub(pattern, filled, page.read_text(), flags=re.S))
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _main(content: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the main comparison by label."""
+    by_label: dict[str, list[dict[str, Any]]] = {}
+    for row in content["methods"]:
+        if row["name"] == f"{row['label']} seed={row['seed']}":
+            by_label.setdefault(row["label"], []).append(row)
+    return by_label
+
+
+def _over_seeds(rows: Sequence[Mapping[str, Any]], metric: str, form: str = ".3f") -> str:
+    values = [float(row[metric]) for row in rows if row.get(metric) is not None]
+    return interval(values).show(form) if values else "-"
+
+
+def _settings_table(content: Mapping[str, Any]) -> str:
+    return _markdown(["setting", "value"], content["settings"].items())
+
+
+def _routers_table(content: Mapping[str, Any]) -> str:
+    main = _main(content)
+    random = {row["name"]: row for row in content["share_matched"]}
+    winner = {row["seed"]: row["share"] for row in main[ASSIGNMENT]}
+    header = ["router", "NormMSE", "KL", "same shares, random: NormMSE", "KL", "gain, NormMSE"]
+    header += [
+        "gain, KL",
+        "NormMSE at the assignment's shares",
+        "KL there",
+        "least share",
+        "mean p",
+    ]
+    rows = []
+    for label in (*ROUTERS, RANDOM):
+        own = main[label]
+        cells = [label, _over_seeds(own, "norm_mse"), _over_seeds(own, "kl")]
+        if label in ROUTERS:
+            twins = [random[row["name"]] for row in own]
+            cells += [_over_seeds(twins, "norm_mse"), _over_seeds(twins, "kl")]
+            cells += [routing_gain(own, twins, m).show(".1%") for m in ("norm_mse", "kl")]
+        else:
+            cells += ["-"] * 4
+        for metric in ("norm_mse", "kl"):
+            values = [at_shares(row, winner[row["seed"]], metric) for row in own]
+            known = [value for value in values if value is not None]
+            cells.append(interval(known).show() if len(known) == len(own) else "-")
+        cells.append(f"{min(min(row['share']) for row in own):.3f}")
+        cells.append(_over_seeds(own, "route_weight", ".2f"))
+        rows.append(cells)
+    return _markdown(header, rows)
+
+
+def _shares_table(content: Mapping[str, Any]) -> str:
+    blocks = content["settings"]["routed_blocks"]
+    rows = [
+        [label, row["seed"], *(f"{share:.2f}" for share in row["share"])]
+        for label, own in _main(content).items()
+        if "share" in own[0] and len(own[0]["share"]) > 1
+        for row in own
+    ]
+    return _markdown(["method", "seed", *(f"block {block}" for block in blocks)], rows)
+
+
+def _methods_table(content: Mapping[str, Any]) -> str:
+    header = ["method", "seeds", "parameters", "L0", "NormMSE", "KL", "loss recovered"]
+    header += ["dead features", "mean p"]
+    rows = [
+        [
+            label,
+            len(own),
+            f"{own[0]['n_parameters']:,}",
+            _over_seeds(own, "l0", ".1f"),
+            _over_seeds(own, "norm_mse"),
+            _over_seeds(own, "kl"),
+            _over_seeds(own, "loss_recovered"),
+            _over_seeds(own, "dead_features", ".0f"),
+            _over_seeds(own, "route_weight", ".2f"),
+        ]
+        for label, own in _main(content).items()
+    ]
+    return _markdown(header, rows)
+
+
+def _sparsity_table(content: Mapping[str, Any]) -> str:
+    ks = sorted({content["settings"]["k"], *content["settings"]["other_ks"]})
+    first = content["settings"]["seeds"][0]
+    rows = []
+    for label in TRADE_OFF:
+        own = {
+            row["k"]: row
+            for row in content["methods"]
+            if row["label"] == label and row["seed"] == first
+        }
+        cells = [label]
+        for metric in ("norm_mse", "kl"):
+            cells += [f"{own[k][metric]:.3f}" if k in own else "-" for k in ks]
+        rows.append(cells)
+    return _markdown(
+        ["method", *(f"NormMSE, k {k}" for k in ks), *(f"KL, k {k}" for k in ks)], rows
+    )
+
+
+def _main_features(content: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    main = {row["name"] for rows in _main(content).values() for row in rows}
+    by_label: dict[str, list[dict[str, Any]]] = {}
+    for row in content["features"]["methods"]:
+        if row["name"] in main:
+            by_label.setdefault(row["label"], []).append(row)
+    return by_label
+
+
+def _features_table(content: Mapping[str, Any]) -> str:
+    header = ["method", *(f"features above {share:g} sqrt d" for share in THRESHOLD_SHARES)]
+    rows = []
+    for label, own in _main_features(content).items():
+        counts = [
+            interval([float(row["n_features"][i]) for row in own]).show(".0f")
+            for i in range(len(THRESHOLD_SHARES))
+        ]
+        scores = [_over_seeds(own, name) for name in ("offline_score", "judge_score")]
+        rows.append([label, *counts, *scores])
+    return _markdown([*header, "offline score", "judge's score"], rows)
+
+
+def _claims_table(content: Mapping[str, Any]) -> str:
+    """Features and score of the routed methods over those of the best single-layer baseline."""
+    own = _main_features(content)
+    at = THRESHOLD_SHARES.index(READ_SHARE)
+    measures = {
+        f"features above {READ_SHARE:g} sqrt d": lambda row: float(row["n_features"][at]),
+        "offline score": lambda row: row["offline_score"],
+    }
+    rows = []
+    for title, measure in measures.items():
+        values = {
+            label: {row["seed"]: measure(row) for row in rows_of if measure(row) is not None}
+            for label, rows_of in own.items()
+        }
+        means = {
+            label: statistics.fmean(known.values()) for label, known in values.items() if known
+        }
+        best = max(BASELINES, key=lambda label: means.get(label, 0.0))
+        for label in (ROUTE, ASSIGNMENT, RANDOM):
+            seeds = [seed for seed in values[label] if values[best].get(seed)]
+            if not seeds:
+                continue
+            gain = interval([values[label][seed] / values[best][seed] - 1 for seed in seeds])
+            against = f"{best}: {means[best]:.3g}"
+            rows.append([title, label, f"{means[label]:.3g}", against, gain.show("+.1%")])
+    return _markdown(["measure", "method", "mean", "best baseline", "difference"], rows)
+
+
+def _unscaled_table(content: Mapping[str, Any]) -> str:
+    numbers = {"route_weight": ".2f", "kl": ".4f", "kl_unscaled": ".4f"}
+    rows = [
+        [row["label"], row["seed"], *(f"{row[name]:{form}}" for name, form in numbers.items())]
+        for row in content["unscaled"]
+    ]
+    return _markdown(["method", "seed", "mean p", "KL, scaled", "KL, unscaled"], rows)
+
+
+def _feature_layers_table(content: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            shown["kind"],
+            shown["feature"],
+            shown["n_classes"],
+            f"{shown['mean_layer'] + content['settings']['routed_blocks'][0]:.1f}",
+            " / ".join(f"{100 * share:.0f}" for share in shown["layer_share"]),
+            "<br>".join(f"`{_cell(text)}`" for text in shown["contexts"]),
+        ]
+        for shown in content["features"]["by_layer"]["shown"]
+    ]
+    header = ["kind", "feature", "token classes", "mean block", "share per block, %", "contexts"]
+    return _markdown(header, rows)
+
+
+def _cell(text: str, width: int = 90) -> str:
+    """Text of one line that a table cell can hold, around what is marked."""
+    text = " ".join(text.split()).replace("|", "&#124;").replace("`", "'")
+    at = max(0, text.find("<ACTIVATED>") - width // 2)
+    cut = text[at : at + width + len("<ACTIVATED></ACTIVATED>")]
+    return ("…" if at else "") + cut + ("…" if at + len(cut) < len(text) else "")
+
+
+def write_figures(content: Mapping[str, Any], folder: Path) -> list[Path]:
+    """The paper's figures from a reproduction, each as HTML and SVG; gives back their paths."""
+    settings = content["settings"]
+    traded = [row for row in content["methods"] if row["label"] in TRADE_OFF]
+    features = [row for row in content["features"]["methods"] if row["label"] in TRADE_OFF]
+    main = {row["name"] for rows in _main(content).values() for row in rows}
+    features = [row for row in features if row["name"] in main]
+    shares = {label: rows for label, rows in _main(content).items() if label in (*ROUTERS, RANDOM)}
+    figures = {
+        "tradeoff_norm_mse": tradeoff(traded, "norm_mse"),
+        "tradeoff_kl": tradeoff(traded, "kl"),
+        "features_by_threshold": threshold_curves(features),
+        "routing_shares": routing_shares(shares, settings["routed_blocks"]),
+        "features_by_layer": feature_profiles(
+            content["features"]["by_layer"]["shown"], settings["routed_blocks"]
+        ),
+    }
+    return [
+        path for name, figure in figures.items() for path in write_figure(figure, folder / name)
+    ]
