@@ -76,18 +76,33 @@ def _documented_arguments(cls: type) -> dict[str, str]:
 
 def _options() -> dict[str, _Option]:
     from sae_lens_route.runner import RouteSAERunnerConfig
-    from sae_lens_route.saes import RouteTopKTrainingSAEConfig
 
-    options: dict[str, _Option] = {}
+    architecture = _Option(
+        "architecture", "sae", "str", "route_topk", f"one of {', '.join(_architectures())}"
+    )
+    options: dict[str, _Option] = {"architecture": architecture}
     parts: list[tuple[str, type]] = [
         ("runner", RouteSAERunnerConfig),
-        ("sae", RouteTopKTrainingSAEConfig),
+        *(("sae", config) for config in _architectures().values()),
         ("logger", LoggingConfig),
     ]
     for owner, cls in parts:
         for option in _options_of(cls, owner):
             options.setdefault(option.field, option)  # device and dtype: both's, so the runner's
     return options
+
+
+def _architectures() -> dict[str, type]:
+    """Training configurations of the routed architectures, the paper's first."""
+    from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
+    from sae_lens_route.saes import RoutedTrainingConfig
+
+    return {
+        name: config
+        for name, (_, config) in SAE_TRAINING_CLASS_REGISTRY.items()
+        if issubclass(config, RoutedTrainingConfig)
+    }
 
 
 def _options_of(cls: type, owner: str) -> Iterator[_Option]:
@@ -169,7 +184,6 @@ def runner_config(values: dict[str, Any]) -> Any:
     """
     from sae_lens_route.models import model_width
     from sae_lens_route.runner import RouteSAERunnerConfig
-    from sae_lens_route.saes import RouteTopKTrainingSAEConfig
 
     options = _options()
     if unknown := [name for name in values if name not in options]:
@@ -185,8 +199,16 @@ def runner_config(values: dict[str, Any]) -> Any:
         kind = parts["runner"].get("model_class_name", RouteSAERunnerConfig.model_class_name)
         parts["sae"]["d_in"] = model_width(name, kind)
     parts["sae"].setdefault("d_sae", 8 * parts["sae"]["d_in"])
+    architecture = parts["sae"].pop("architecture", "route_topk")
+    if architecture not in _architectures():
+        choices = ", ".join(_architectures())
+        raise ValueError(f"architecture={architecture!r}: must be one of {choices}")
+    config = _architectures()[architecture]
+    known = {field.name for field in dataclasses.fields(config)}
+    if foreign := [name for name in parts["sae"] if name not in known]:
+        raise ValueError(f"{foreign[0]}: architecture={architecture!r} has no such field")
     return RouteSAERunnerConfig(
-        sae=RouteTopKTrainingSAEConfig(**parts["sae"]),
+        sae=config(**parts["sae"]),
         logger=LoggingConfig(**parts["logger"]),
         **parts["runner"],
     )
@@ -340,6 +362,8 @@ def _run_settings(label: Any, run: Any, content: dict[str, Any], cfg: Any) -> di
     run = {} if run is None else run
     if not isinstance(run, dict):
         raise ValueError(f"run {label!r} of the sweep: {run!r} must be fields and values")
+    if "architecture" in content:
+        run = {"architecture": content["architecture"], **run}
     architecture = run.get("architecture", "route_topk")
     if architecture not in SAE_TRAINING_CLASS_REGISTRY:
         return run  # `expand_runs` says what there is

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from sae_lens import SAE
+from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
 from tqdm.auto import tqdm
 
 from sae_lens_route.activations import RoutedActivationsStore
@@ -227,7 +228,8 @@ def _sweep(
     if finished.exists():
         saes = {entry: SAE.load_from_disk(folder / entry, what.cfg.device) for entry in entries}
         return _Stage(json.loads(finished.read_text()), saes)
-    checkpoints = sorted((folder / "checkpoints").glob("*/[0-9]*"), key=lambda p: int(p.name))
+    whole = (folder / "checkpoints").glob(f"*/[0-9]*/{ACTIVATIONS_STORE_STATE_FILENAME}")
+    checkpoints = sorted((path.parent for path in whole), key=lambda path: int(path.name))
     cfg = replace(
         what.cfg,
         output_path=str(folder),

@@ -50,6 +50,10 @@ def normalization_stats(
     x: Float[Tensor, "... d"],
 ) -> tuple[Float[Tensor, ...], Float[Tensor, ...]]:
     """Mean and scale with `n(x) = (x - mean) / scale`; scale is the unbiased std + 1e-6."""
+    if x.device.type == "cpu":  # var_mean is not vectorised there: ten times as slow
+        mean = x.mean(dim=-1)
+        deviation = torch.linalg.vector_norm(x - mean.unsqueeze(-1), dim=-1)
+        return mean, deviation / (x.shape[-1] - 1) ** 0.5 + NORM_EPS
     variance, mean = torch.var_mean(x, dim=-1)
     return mean, variance.sqrt() + NORM_EPS
 

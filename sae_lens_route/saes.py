@@ -531,6 +531,8 @@ class RouteStandardTrainingSAEConfig(RoutedTrainingConfig, StandardTrainingSAECo
     Args:
         l1_coefficient: weight of the L1 penalty. Under the normalised loss the penalty is divided
             by the mean norm of x_route, so the weight does not depend on d.
+        l1_warm_up_steps: steps over which the weight rises from 0.
+        lp_norm: which norm of the features the penalty takes; 1 is L1.
     """
 
     l1_coefficient: float = 0.3
@@ -559,6 +561,7 @@ class RouteGatedTrainingSAEConfig(RoutedTrainingConfig, GatedTrainingSAEConfig):
 
     Args:
         l1_coefficient: weight of the L1 penalty on the gate, in the units of `route_standard`'s.
+        l1_warm_up_steps: steps over which the weight rises from 0.
     """
 
     l1_coefficient: float = 0.3

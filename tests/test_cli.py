@@ -299,3 +299,48 @@ def test_other_mistakes_in_a_sweep(tmp_path):
     result = call("sweep", "--config", tmp_path / "bad.yaml")
     assert result.exit_code == 2 and "not YAML" in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_another_architecture(tmp_path):
+    out = tmp_path / "run"
+    fields = {**SMALL, "architecture": "route_batchtopk", "topk_threshold_lr": 0.1}
+    result = call("train", *as_options(fields), "--output-path", out)
+    assert result.exit_code == 0, result.output
+    shown = json.loads(call("info", out).stdout)
+    assert shown["cfg"]["architecture"] == "route_jumprelu"
+    assert shown["cfg"]["metadata"]["training_architecture"] == "route_batchtopk"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"architecture": "topk"}, "architecture='topk': must be one of route_topk"),
+        ({"l1_coefficient": 0.1}, "l1_coefficient: architecture='route_topk' has no such field"),
+        ({"router_objective": "assign"}, "router_objective='assign': must be one of"),
+    ],
+)
+def test_mistakes_about_architectures(tmp_path, fields, message):
+    result = call("train", *as_options({**SMALL, **fields}), "--output-path", tmp_path / "run")
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b-instruct", "pythia-160m", "gpt2"])
+def test_configuration_files_that_ship(name):
+    from pathlib import Path
+
+    from sae_lens_route.cli import _read_config_file
+
+    file = Path(__file__).parents[1] / "examples" / "configs" / f"{name}.yaml"
+    cfg = runner_config(_read_config_file(file))
+    assert cfg.lr == 5e-4 and cfg.sae.k == 64 and cfg.sae.d_sae == 8 * cfg.sae.d_in
+    assert cfg.total_training_steps == 100_000_000 // (64 * 512)
+
+
+def test_reproduce_says_what_is_missing(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({**SMALL, "d_in": 64}))
+    result = call("reproduce", "--config", file, "--output", tmp_path / "out")
+    assert result.exit_code == 2 and "--dataset" in result.stderr
+    result = call("reproduce", "--page", tmp_path / "none.md", "--output", tmp_path / "out")
+    assert result.exit_code == 2 and "none.md" in result.stderr
