@@ -1,6 +1,8 @@
 """What six dictionaries on one stream of activations cost, beside one, and beside six runs.
 
     python benchmarks/sweep.py --work /tmp/sweep --output benchmarks/results/sweep.json
+    python benchmarks/sweep.py --model-class AutoModelForCausalLM --work /tmp/sweep \\
+        --output benchmarks/results/sweep_hugging_face.json      # the same; --sparse: once more
 
 Timed in turn in one process (A B C, A B C, ...), the first round dropped; the ratio of a round is
 to its own A, and the figure is the median over rounds:
@@ -71,18 +73,23 @@ def random_llama(shape: dict[str, int], folder: Path) -> Path:
 
 
 def variants(
-    shape: dict[str, int], folder: Path, n_steps: int, device: str
+    shape: dict[str, int], folder: Path, n_steps: int, device: str, kind: str, sparse: bool
 ) -> dict[str, Callable[[], list[Any]]]:
     """The three things to time; each call makes new runners, whose `run` is what is timed."""
-    # SAELens's proxy, whose attention is the fastest: the dearer the model, the more a sweep gains
-    kind = "AutoModelForCausalLM"
+    # the dearer the model, the more a sweep gains: SAELens's proxy has the fastest attention
     model: Any = load_model(str(random_llama(shape, folder)), kind, device=device)
     step = shape["prompts"] * shape["context"]
     rows = torch.randint(2, shape["vocab"], (shape["prompts"] * n_steps, shape["context"]))
     data = Dataset.from_dict({"tokens": rows.tolist()})
 
     def sae(k: int) -> RouteTopKTrainingSAEConfig:
-        return RouteTopKTrainingSAEConfig(d_in=shape["d"], d_sae=shape["d_sae"], k=k, device=device)
+        return RouteTopKTrainingSAEConfig(
+            d_in=shape["d"],
+            d_sae=shape["d_sae"],
+            k=k,
+            device=device,
+            use_sparse_activations=sparse,
+        )
 
     def config(k: int) -> RouteSAERunnerConfig:
         return RouteSAERunnerConfig(
@@ -129,10 +136,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps of a run")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model-class", default="HookedTransformer", help="kind of language model")
+    parser.add_argument("--sparse", action="store_true", help="SAELens's use_sparse_activations")
     parser.add_argument("--work", type=Path, required=True, help="folder for the random model")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    timed = variants(SHAPES[args.shape], args.work, args.steps, args.device)
+    timed = variants(
+        SHAPES[args.shape], args.work, args.steps, args.device, args.model_class, args.sparse
+    )
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(args.rounds + 1):
         for name, make in timed.items():
@@ -156,6 +167,8 @@ def main() -> None:
         "threads": threads,
         "dtype": "float32",
         "device": args.device,
+        "model_class": args.model_class,
+        "use_sparse_activations": args.sparse,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
