@@ -115,8 +115,35 @@ def tables(content: Mapping[str, Any]) -> dict[str, str]:
         "features": _features_table(content),
         "claims": _claims_table(content),
         "unscaled": _unscaled_table(content),
+        "paper": _paper_table(content),
         "feature-layers": _feature_layers_table(content),
     }
+
+
+PAPER_MODEL, PAPER_D_SAE = "Llama-3.2-1B-Instruct", 16_384
+PAPER_ROUTE_SAE = {  # k: NormMSE, KL per 512 tokens, features, score (paper, Tables 2 and 3)
+    48: (0.174, 99, 4310, 4.33),
+    52: (0.168, 95, 4393, 4.41),
+    56: (0.164, 89, 4312, 4.47),
+    60: (0.161, 85, 4144, 4.39),
+    64: (0.158, 81, 4194, 4.49),
+    68: (0.155, 83, 4100, 4.42),
+}
+
+
+def _paper_table(content: Mapping[str, Any]) -> str:
+    """The paper's RouteSAE, and ours beside it where model, size and k are the same."""
+    settings = content["settings"]
+    matches = settings["model_name"].endswith(PAPER_MODEL) and settings["d_sae"] == PAPER_D_SAE
+    rows = []
+    for k, (norm_mse, kl, n_features, score) in PAPER_ROUTE_SAE.items():
+        own = [
+            row for row in content["methods"] if matches and row["label"] == ROUTE and row["k"] == k
+        ]
+        ours = [_over_seeds(own, "norm_mse"), _over_seeds(own, "kl_per_512_tokens", ".0f")]
+        rows.append([k, norm_mse, ours[0], kl, ours[1], n_features, score])
+    header = ["k", "NormMSE, paper", "ours", "KL per 512 tokens, paper", "ours"]
+    return _markdown([*header, "features, paper", "score, paper"], rows)
 
 
 def fill_tables(page: Path, by_name: Mapping[str, str]) -> None:
