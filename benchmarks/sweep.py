@@ -1,7 +1,7 @@
 """What six dictionaries on one stream of activations cost, beside one, and beside six runs.
 
-    python benchmarks/sweep.py --work /tmp/sweep --output benchmarks/results/sweep.json
-    python benchmarks/sweep.py --model-class AutoModelForCausalLM --work /tmp/sweep \\
+    python benchmarks/sweep.py --work FOLDER --output benchmarks/results/sweep.json
+    python benchmarks/sweep.py --model-class AutoModelForCausalLM --work FOLDER \\
         --output benchmarks/results/sweep_hugging_face.json      # the same; --sparse: once more
 
 Timed in turn in one process (A B C, A B C, ...), the first round dropped; the ratio of a round is

@@ -149,11 +149,13 @@ def reproduce(
     what.output.mkdir(parents=True, exist_ok=True)
     model = _model(what.cfg) if model is None else model
     what.cfg.resolve(model)
+    settings = _settings(what)
+    _require_same_settings(what.output, settings)
     entries = _entries(what)
     trained = _sweep(what, model, "methods", entries)
     twins = _sweep(what, model, "share-matched", _twins(entries, trained.rows))
     content = {
-        "settings": _settings(what),
+        "settings": settings,
         "methods": trained.rows,
         "share_matched": twins.rows,
         "features": _cached(what.output / "features.json", lambda: _features(what, model, trained)),
@@ -175,6 +177,20 @@ def _model(cfg: RouteSAERunnerConfig) -> LanguageModel:
         device=cfg.llm_device or cfg.device,
         **(cfg.model_from_pretrained_kwargs or {}),
     )
+
+
+def _require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise if the folder holds stages made with other settings: they would pass for these."""
+    path = folder / "settings.json"
+    if not path.exists():
+        path.write_text(json.dumps(settings, indent=1) + "\n")
+    made_with = json.loads(path.read_text())
+    for field, value in settings.items():
+        if made_with.get(field) != value:
+            raise ValueError(
+                f"output={str(folder)!r}: was begun with {field}={made_with.get(field)!r}, not "
+                f"{value!r}; give another folder or remove it"
+            )
 
 
 def _settings(what: Reproduction) -> dict[str, Any]:
@@ -343,7 +359,6 @@ def _unscaled_input(sae: RoutedSAE, routing: Routing) -> torch.Tensor:
 
 def _feature_row(row: Mapping[str, Any], table: FeatureTable) -> dict[str, Any]:
     scores = [score.score for score in offline_ranking(table) if score.score is not None]
-    profiles = [table.profile(feature) for feature in table.interpretable]
     return {
         "name": row["name"],
         "label": row["label"],
@@ -351,10 +366,7 @@ def _feature_row(row: Mapping[str, Any], table: FeatureTable) -> dict[str, Any]:
         "k": row["k"],
         "thresholds": [count.threshold for count in table.run.counts],
         "n_features": [count.n_features for count in table.run.counts],
-        "n_interpretable": len(table.interpretable),
         "offline_score": statistics.fmean(scores) if scores else None,
-        "n_scored": len(scores),
-        "mean_layers": [profile.mean_layer for profile in profiles],
     }
 
 

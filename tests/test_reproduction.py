@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +126,9 @@ def test_what_is_there_is_not_made_again(run: tuple[Reproduction, dict[str, Any]
     again = reproduce(what)
     assert again["methods"] == json.loads(json.dumps(content["methods"]))
     assert weights.stat().st_mtime_ns == before
+
+
+def test_a_folder_of_other_settings_is_refused(run: tuple[Reproduction, dict[str, Any]]) -> None:
+    what, _ = run
+    with pytest.raises(ValueError, match=r"k=8, not 4"):
+        reproduce(replace(what, k=4))
