@@ -346,8 +346,9 @@ def _features(what: Reproduction, model: LanguageModel, trained: _Stage) -> dict
         if row["name"] in saes:
             table = collectors[row["name"]].table()
             rows.append({**_feature_row(row, table), "judge_score": _judged(what, row, table)})
-    shown = saes[f"{ASSIGNMENT} seed={what.seeds[0]}"]
-    return {"methods": rows, "by_layer": _feature_layers(what, model, shown)}
+    shown = f"{ASSIGNMENT} seed={what.seeds[0]}"
+    by_layer = _feature_layers(what, model, saes[shown], collectors[shown].table())
+    return {"methods": rows, "by_layer": by_layer}
 
 
 def _unscaled_input(sae: RoutedSAE, routing: Routing) -> torch.Tensor:
@@ -381,21 +382,15 @@ def _judged(what: Reproduction, row: Mapping[str, Any], table: FeatureTable) -> 
 
 
 @torch.no_grad()
-def _feature_layers(what: Reproduction, model: LanguageModel, sae: RoutedSAE) -> dict[str, Any]:
+def _feature_layers(
+    what: Reproduction, model: LanguageModel, sae: RoutedSAE, table: FeatureTable
+) -> dict[str, Any]:
     """How strongly features would fire at every layer, on the tokens they fire on (Figure 1).
 
     Word-level and pattern features are told apart by their contexts, not by their layers: features
     that fire on one token class against those that fire on the most.
     """
     text = RoutedActivationsStore.from_sae(model, sae, what.eval_dataset)
-    norm = what.cfg.sae.d_in**0.5
-    collector = ContextCollector(
-        sae.cfg.d_in,
-        sae.cfg.d_sae,
-        sae.cfg.metadata.hook_names,
-        model.tokenizer,
-        ContextOptions(READ_SHARE * norm),
-    )
     sums = torch.zeros(sae.cfg.d_sae, sae.cfg.n_routed_layers, device=sae.device)
     total = math.ceil(
         max(1, what.feature_tokens // text.context_size) / text.store_batch_size_prompts
@@ -404,11 +399,9 @@ def _feature_layers(what: Reproduction, model: LanguageModel, sae: RoutedSAE) ->
         streams, kept = text.get_activations(tokens), text.kept(tokens)
         routing = sae.route(streams)
         acts = sae.encode(_unscaled_input(sae, routing))
-        collector.add(tokens, acts, routing.layer, routing.weight, kept)
         fired = (acts > 0)[kept]
         for i, stream in enumerate(streams.unbind(-2)):
             sums[:, i] += (sae.encode(normalize(stream[kept])) * fired).sum(0)
-    table = collector.table()
     profiles = [table.profile(feature) for feature in table.interpretable]
     profiles = [profile for profile in profiles if profile.n_contexts >= _MIN_CONTEXTS]
     profiles.sort(key=lambda profile: (profile.n_classes, -profile.max_activation))

@@ -410,14 +410,7 @@ class RouteSAETrainingRunner(LanguageModelSAETrainingRunner):
         self._set_sae_metadata()
         if cfg.output_path is not None:
             Path(cfg.output_path).mkdir(parents=True, exist_ok=True)
-        if cfg.logger.log_to_wandb:
-            wandb.init(
-                project=cfg.logger.wandb_project,
-                entity=cfg.logger.wandb_entity,
-                config=cfg.to_dict(),
-                name=cfg.logger.run_name,
-                id=cfg.logger.wandb_id,
-            )
+        self._start_wandb()
         provider: DataProvider = self.activations_store
         if cfg.prefetch_llm_batches:
             provider = PrefetchingIterator(provider, prefetch=int(cfg.prefetch_llm_batches))
@@ -439,6 +432,17 @@ class RouteSAETrainingRunner(LanguageModelSAETrainingRunner):
         finally:
             if isinstance(provider, PrefetchingIterator):
                 provider.close()
+
+    def _start_wandb(self) -> None:
+        cfg = self.cfg
+        if cfg.logger.log_to_wandb:
+            wandb.init(
+                project=cfg.logger.wandb_project,
+                entity=cfg.logger.wandb_entity,
+                config=cfg.to_dict(),
+                name=cfg.logger.run_name,
+                id=cfg.logger.wandb_id,
+            )
 
     def _trainer(self, provider: DataProvider) -> RouteSAETrainer:
         cfg = self.cfg

@@ -274,14 +274,7 @@ class SweepRunner(RouteSAETrainingRunner):
         cfg = self.cfg
         if cfg.output_path is not None:
             Path(cfg.output_path).mkdir(parents=True, exist_ok=True)
-        if cfg.logger.log_to_wandb:
-            wandb.init(
-                project=cfg.logger.wandb_project,
-                entity=cfg.logger.wandb_entity,
-                config=cfg.to_dict(),
-                name=cfg.logger.run_name,
-                id=cfg.logger.wandb_id,
-            )
+        self._start_wandb()
         with closing(self._batches()) as batches:
             trainer = _SweepTrainer(
                 cfg.to_sae_trainer_config(),
