@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py --work FOLDER --output benchmarks/results/sweep.json
     python benchmarks/sweep.py --model-class AutoModelForCausalLM --work FOLDER \\
-        --output benchmarks/results/sweep_hugging_face.json      # the same; --sparse: once more
+        --output benchmarks/results/sweep_hugging_face.json      # the same; --dense: once more
 
 Timed in turn in one process (A B C, A B C, ...), the first round dropped; the ratio of a round is
 to its own A, and the figure is the median over rounds:
@@ -73,7 +73,7 @@ def random_llama(shape: dict[str, int], folder: Path) -> Path:
 
 
 def variants(
-    shape: dict[str, int], folder: Path, n_steps: int, device: str, kind: str, sparse: bool
+    shape: dict[str, int], folder: Path, n_steps: int, device: str, kind: str, dense: bool = False
 ) -> dict[str, Callable[[], list[Any]]]:
     """The three things to time; each call makes new runners, whose `run` is what is timed."""
     # the dearer the model, the more a sweep gains: SAELens's proxy has the fastest attention
@@ -88,7 +88,7 @@ def variants(
             d_sae=shape["d_sae"],
             k=k,
             device=device,
-            use_sparse_activations=sparse,
+            use_sparse_activations=False if dense else None,
         )
 
     def config(k: int) -> RouteSAERunnerConfig:
@@ -137,12 +137,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model-class", default="HookedTransformer", help="kind of language model")
-    parser.add_argument("--sparse", action="store_true", help="SAELens's use_sparse_activations")
+    parser.add_argument("--dense", action="store_true", help="use_sparse_activations=False")
     parser.add_argument("--work", type=Path, required=True, help="folder for the random model")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     timed = variants(
-        SHAPES[args.shape], args.work, args.steps, args.device, args.model_class, args.sparse
+        SHAPES[args.shape], args.work, args.steps, args.device, args.model_class, args.dense
     )
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(args.rounds + 1):
@@ -168,7 +168,7 @@ def main() -> None:
         "dtype": "float32",
         "device": args.device,
         "model_class": args.model_class,
-        "use_sparse_activations": args.sparse,
+        "use_sparse_activations": not args.dense,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from einops import rearrange
 from jaxtyping import Float
 from sae_lens.saes.sae import (
     SAE,
@@ -36,12 +37,7 @@ from sae_lens.saes.standard_sae import (
     StandardTrainingSAE,
     StandardTrainingSAEConfig,
 )
-from sae_lens.saes.topk_sae import (
-    TopKSAE,
-    TopKSAEConfig,
-    TopKTrainingSAE,
-    TopKTrainingSAEConfig,
-)
+from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE
 from torch import Tensor
 from typing_extensions import override
 
@@ -53,6 +49,7 @@ from sae_lens_route.saes import (
     normalized_mse,
     register,
 )
+from sae_lens_route.sparse_topk import SparseTopKTrainingConfig, SparseTopKTrainingSAE
 
 L1Norm = Literal["decoder", "none"]
 
@@ -127,7 +124,7 @@ class StackedSAE(_Base):
                 f"stack takes [..., n_routed_layers, d_model] = [..., {expected[0]}, "
                 f"{expected[1]}], got {list(x.shape)}"
             )
-        return normalize(x.to(self.dtype)).flatten(-2)
+        return rearrange(normalize(x.to(self.dtype)), "... L d -> ... (L d)")
 
     def unstack(
         self,
@@ -136,7 +133,7 @@ class StackedSAE(_Base):
         scale: Float[Tensor, "... L"],
     ) -> Float[Tensor, "... L d"]:
         """Residual streams of h, given their mean and scale (`router.normalization_stats`)."""
-        layers = h.unflatten(-1, (self.cfg.n_routed_layers, self.cfg.d_model))
+        layers = rearrange(h, "... (L d) -> ... L d", L=self.cfg.n_routed_layers)
         return layers * scale.unsqueeze(-1) + mean.unsqueeze(-1)
 
     def encode_layers(self, x: Float[Tensor, "... L d"]) -> Float[Tensor, "... d_sae"]:
@@ -145,7 +142,8 @@ class StackedSAE(_Base):
 
     def decoder_layer_norms(self) -> Float[Tensor, "d_sae L"]:
         """Norm of every feature's decoder in each layer: where the feature is written."""
-        return self.W_dec.unflatten(-1, (self.cfg.n_routed_layers, self.cfg.d_model)).norm(dim=-1)
+        layers = rearrange(self.W_dec, "d_sae (L d) -> d_sae L d", L=self.cfg.n_routed_layers)
+        return layers.norm(dim=-1)
 
 
 @dataclass(kw_only=True)
@@ -268,7 +266,7 @@ class TopKCrosscoder(StackedSAE, TopKSAE):
 
 
 @dataclass(kw_only=True)
-class TopKTrainingCrosscoderConfig(StackedTrainingConfig, TopKTrainingSAEConfig):
+class TopKTrainingCrosscoderConfig(StackedTrainingConfig, SparseTopKTrainingConfig):
     """Training configuration of a crosscoder with TopK.
 
     No auxiliary loss and no rescaling, as for RouteSAEs. There is no `decoder_norm_interval`: with
@@ -276,12 +274,8 @@ class TopKTrainingCrosscoderConfig(StackedTrainingConfig, TopKTrainingSAEConfig)
     and saves them so.
     """
 
-    k: int = 64
-    aux_loss_coefficient: float = 0.0
-    rescale_acts_by_decoder_norm: bool = False
 
-
-class TopKTrainingCrosscoder(StackedTrainingSAE, TopKTrainingSAE):
+class TopKTrainingCrosscoder(StackedTrainingSAE, SparseTopKTrainingSAE):
     """A crosscoder with TopK, for training."""
 
     cfg: TopKTrainingCrosscoderConfig  # type: ignore[assignment]
@@ -326,7 +320,8 @@ class MultiLayerTopKTrainingSAE(RouteTopKTrainingSAE):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """One step on residual streams; the output's tensors have `tokens * L` rows."""
         step_input = self.begin_step(step_input)
-        every_layer = normalize(step_input.sae_in.to(self.dtype)).flatten(0, -2)
+        streams = normalize(step_input.sae_in.to(self.dtype))
+        every_layer = rearrange(streams, "tokens L d -> (tokens L) d")
         return TopKTrainingSAE.training_forward_pass(self, replace(step_input, sae_in=every_layer))
 
 

@@ -67,12 +67,7 @@ from sae_lens.saes.standard_sae import (
     StandardTrainingSAE,
     StandardTrainingSAEConfig,
 )
-from sae_lens.saes.topk_sae import (
-    TopKSAE,
-    TopKSAEConfig,
-    TopKTrainingSAE,
-    TopKTrainingSAEConfig,
-)
+from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -84,6 +79,7 @@ from sae_lens_route.router import (
     normalize,
     route,
 )
+from sae_lens_route.sparse_topk import SparseTopKTrainingConfig, SparseTopKTrainingSAE
 
 LossName = Literal["normalized_mse", "mse"]
 RouterObjective = Literal["reconstruction", "assignment", "frozen"]
@@ -457,15 +453,11 @@ class RouteTopKSAE(RoutedSAE, TopKSAE):
 
 
 @dataclass(kw_only=True)
-class RouteTopKTrainingSAEConfig(RoutedTrainingConfig, TopKTrainingSAEConfig):
+class RouteTopKTrainingSAEConfig(RoutedTrainingConfig, SparseTopKTrainingConfig):
     """Training configuration of a RouteSAE with TopK; the defaults are the paper's."""
 
-    k: int = 64
-    aux_loss_coefficient: float = 0.0
-    rescale_acts_by_decoder_norm: bool = False
 
-
-class RouteTopKTrainingSAE(RoutedTrainingSAE, TopKTrainingSAE):
+class RouteTopKTrainingSAE(RoutedTrainingSAE, SparseTopKTrainingSAE):
     """A RouteSAE with TopK, for training."""
 
     cfg: RouteTopKTrainingSAEConfig  # type: ignore[assignment]

@@ -403,8 +403,7 @@ def a_step(x, dead=None):
 def smooth_region(sae, x):
     """Everything that jumps: the chosen layers, the active features, and the gates."""
     routing = sae.route(x)
-    acts, _ = sae.encode_with_hidden_pre(routing.x_route)
-    parts = [routing.layer, acts > 0]
+    parts = [routing.layer, sae.encode(routing.x_route) > 0]
     if hasattr(sae, "b_gate"):
         parts.append((routing.x_route - sae.b_dec) @ sae.W_enc + sae.b_gate > 0)
     return torch.cat([part.flatten().long() for part in parts])
