@@ -682,21 +682,30 @@ class ContextCollector:
         for a, b in zip(first[cut].tolist(), last[cut].tolist(), strict=True):
             source[a : b + 1] = sorted(source[a : b + 1].tolist(), key=text, reverse=True)
 
-    def table(self) -> FeatureTable:
-        """Contexts at `options.threshold`, counts at every threshold, and the profiles so far."""
+    def table(self, threshold: float | None = None) -> FeatureTable:
+        """Contexts at one threshold, counts at every threshold, and the profiles so far.
+
+        Args:
+            threshold: `options.threshold` or one of `options.thresholds`; None is the former.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        options = self.options if threshold is None else replace(self.options, threshold=threshold)
+        if options.threshold not in self._thresholds:
+            known = ", ".join(f"{known:g}" for known in self._thresholds)
+            raise ValueError(f"threshold={threshold}: contexts were collected at {known}")
         if self._pending.n_rows:
             self._merge()
         n_classes = len(self._vocabulary.classes)
         feature, token_class = np.divmod(self._pair, n_classes)
         counts = []
         at_own: _Above | None = None
-        for threshold in self._thresholds:
-            above = self._above(threshold, feature)
+        for at in self._thresholds:
+            above = self._above(at, feature)
             n_features = int(above.passes.sum())
-            counts.append(
-                ThresholdCount(threshold, n_features, int(above.n_contexts[above.passes].sum()))
-            )
-            if threshold == self.options.threshold:
+            counts.append(ThresholdCount(at, n_features, int(above.n_contexts[above.passes].sum())))
+            if at == options.threshold:
                 at_own = above
         assert at_own is not None
         kept = np.flatnonzero(at_own.rows & at_own.passes[feature])
@@ -704,7 +713,7 @@ class ContextCollector:
             contexts=self._contexts(kept, feature[kept], token_class[kept]),
             features=self._profiles(at_own),
             run=ContextRun(
-                options=self.options,
+                options=options,
                 hook_names=self.hook_names,
                 d_sae=self.d_sae,
                 n_tokens=self.n_tokens,

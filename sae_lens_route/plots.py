@@ -8,7 +8,7 @@ matplotlib from the same traces.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import plotly.graph_objects as go
 from matplotlib.figure import Figure as StaticFigure
@@ -72,11 +72,16 @@ def training_curve(records: list[dict[str, Any]]) -> go.Figure:
 
 
 _SPARSITY = ("k", "l1_coefficient", "l0_coefficient", "target_l0")
-_METRIC_TITLES = {"norm_mse": "NormMSE", "kl": "KL, nats per token"}
+_METRIC_TITLES = {
+    "norm_mse": "NormMSE",
+    "kl": "KL, nats per token",
+    "n_features": "Interpretable features",
+    "score": "Score",
+}
 
 
 def tradeoff(rows: list[dict[str, Any]], metric: str) -> go.Figure:
-    """A metric against L0, a line per label through the means over seeds (Figure 4).
+    """A metric against L0, a line per label through the means over seeds (Figures 4, 6, 8, 12).
 
     Every run is a small point of its own beside the line.
 
@@ -129,19 +134,28 @@ def routing_shares(methods: dict[str, list[dict[str, Any]]], blocks: list[int]) 
     return figure
 
 
-def threshold_curves(rows: list[dict[str, Any]]) -> go.Figure:
-    """Interpretable features against the threshold, a line per method (Figure 5).
+def threshold_curves(
+    rows: list[dict[str, Any]], column: Literal["n_features", "offline_scores"]
+) -> go.Figure:
+    """Interpretable features, or their score, against the threshold, a line per label (Figure 5).
 
     Args:
-        rows: Runs with `label`, `thresholds` and `n_features`; runs of one label are averaged.
+        rows: Runs with `label`, `thresholds` and the column, a list over thresholds; runs of one
+            label are averaged, and a threshold without a value is left out.
+        column: What to draw.
     """
-    figure = _figure("Features above a threshold", "threshold", "interpretable features")
+    title = "Interpretable features" if column == "n_features" else "Offline score"
+    figure = _figure(f"{title} above a threshold", "threshold", title)
     for i, label in enumerate(dict.fromkeys(row["label"] for row in rows)):
         own = [row for row in rows if row["label"] == label]
-        counts = zip(*(row["n_features"] for row in own), strict=True)
+        points = []
+        for at, threshold in enumerate(own[0]["thresholds"]):
+            known = [row[column][at] for row in own if row[column][at] is not None]
+            if known:
+                points.append((threshold, sum(known) / len(known)))
         figure.add_scatter(
-            x=own[0]["thresholds"],
-            y=[sum(count) / len(own) for count in counts],
+            x=[x for x, _ in points],
+            y=[y for _, y in points],
             name=label,
             mode="lines+markers",
             line={"color": _color(i)},

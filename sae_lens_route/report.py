@@ -26,14 +26,30 @@ ROUTE = "RouteSAE"
 ASSIGNMENT = "RouteSAE, assignment"
 FROZEN = "RouteSAE, frozen router"
 RANDOM = "Random"
-TOPK = "TopK"
 PLAIN_MSE = "RouteSAE, plain MSE"
+SOFT = "RouteSAE, soft"
+MEAN = "RouteSAE, mean"
+ATTENTION = "RouteSAE, attention"
+MLSAE = "MLSAE"
+TOPK = "TopK"
+SAELENS_TOPK = "TopK, SAELens defaults"
+RELU, GATED, JUMPRELU = "ReLU", "Gated", "JumpReLU"
+CROSSCODER, CROSSCODER_TOPK = "Crosscoder", "Crosscoder, TopK"
+
 ROUTERS = (ROUTE, FROZEN, ASSIGNMENT)
 """Methods with a router that is held against a random one with its shares."""
-TRADE_OFF = (ROUTE, ASSIGNMENT, RANDOM, TOPK)
-"""Methods that are trained at further sparsities."""
-BASELINES = (TOPK, "ReLU", "Gated", "JumpReLU")
-"""Single-layer methods that the paper's claims are held against."""
+SHOWN = (ROUTE, ASSIGNMENT, RANDOM, TOPK, RELU, GATED, JUMPRELU, CROSSCODER)
+"""Methods of the figures over sparsity."""
+TRADED = (*SHOWN, SOFT, ATTENTION)
+"""Methods that are trained at further sparsities, for these figures and for Tables 2 and 3."""
+DIFFERENCES = (
+    "no latent bias (Eq. 10)",
+    "SAELens's start, decoder norm 0.1",
+    "decoder norm never set",
+    "SAELens's loss for dead features",
+    "without the last block",
+)
+"""Variants of the RouteSAE where the paper, its code and SAELens differ."""
 
 THRESHOLD_SHARES = (0.1, 0.15, 0.2, 0.25, 0.331, 0.4)
 """Thresholds on activations, as shares of sqrt(d_in); the paper's 15 is 0.331."""
@@ -111,7 +127,11 @@ def tables(content: Mapping[str, Any]) -> dict[str, str]:
         "routers": _routers_table(content),
         "shares": _shares_table(content),
         "methods": _methods_table(content),
-        "sparsity": _sparsity_table(content),
+        "differences": _differences_table(content),
+        "context-rules": _context_rules_table(content),
+        "sparsity": _sparsity_table(content, SHOWN),
+        "aggregation": _sparsity_table(content, (ROUTE, ATTENTION)),
+        "soft": _sparsity_table(content, (ROUTE, SOFT)),
         "features": _features_table(content),
         "claims": _claims_table(content),
         "unscaled": _unscaled_table(content),
@@ -249,23 +269,91 @@ def _methods_table(content: Mapping[str, Any]) -> str:
     return _markdown(header, rows)
 
 
-def _sparsity_table(content: Mapping[str, Any]) -> str:
-    ks = sorted({content["settings"]["k"], *content["settings"]["other_ks"]})
-    first = content["settings"]["seeds"][0]
-    rows = []
-    for label in TRADE_OFF:
-        own = {
-            row["k"]: row
-            for row in content["methods"]
-            if row["label"] == label and row["seed"] == first
+def _by_k(content: Mapping[str, Any], label: str) -> dict[int, dict[str, Any]]:
+    """A method's rows of the first seed by the k it aims at, with what its features are like."""
+    settings = content["settings"]
+    first = settings["seeds"][0]
+    names = {settings["k"]: f"{label} seed={first}"}
+    names |= {k: f"{label} k={k}" for k in settings["other_ks"]}
+    rows = {row["name"]: row for row in content["methods"]}
+    features = {row["name"]: row for row in content["features"]["methods"]}
+    at = THRESHOLD_SHARES.index(READ_SHARE)
+    return {
+        k: {
+            **rows[names[k]],
+            "k": k,
+            "n_features": features[names[k]]["n_features"][at],
+            "score": _score(features[names[k]]),
         }
+        for k in sorted(names)
+        if names[k] in rows
+    }
+
+
+def _score(features: Mapping[str, Any]) -> float | None:
+    """The judge's where there is one, else the offline statistic."""
+    if features["judge_score"] is not None:
+        return features["judge_score"]
+    return features["offline_scores"][THRESHOLD_SHARES.index(READ_SHARE)]
+
+
+def _sparsity_table(content: Mapping[str, Any], labels: Sequence[str]) -> str:
+    forms = {"l0": ".1f", "norm_mse": ".3f", "kl": ".3f", "n_features": ".0f", "score": ".3f"}
+    rows = [
+        [label, k, *(_cell_of(row.get(column), form) for column, form in forms.items())]
+        for label in labels
+        for k, row in _by_k(content, label).items()
+    ]
+    header = [
+        "method",
+        "k aimed at",
+        "L0",
+        "NormMSE",
+        "KL",
+        f"features above {READ_SHARE:g} sqrt d",
+    ]
+    return _markdown([*header, "score"], rows)
+
+
+def _cell_of(value: float | int | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _differences_table(content: Mapping[str, Any]) -> str:
+    """What each choice moves, against the RouteSAE with the same seed."""
+    main = _main(content)
+    by_label = {label: main[label] for label in (ROUTE, PLAIN_MSE, MEAN, ATTENTION)}
+    for row in content["differences"]:
+        by_label.setdefault(row["label"], []).append(row)
+    route = {row["seed"]: row for row in main[ROUTE]}
+    rows = []
+    for label, own in by_label.items():
         cells = [label]
         for metric in ("norm_mse", "kl"):
-            cells += [f"{own[k][metric]:.3f}" if k in own else "-" for k in ks]
+            changes = [row[metric] / route[row["seed"]][metric] - 1 for row in own]
+            change = "-" if label == ROUTE else interval(changes).show("+.1%")
+            cells += [_over_seeds(own, metric), change]
+        cells.append(interval([row["share"][-1] for row in own]).show(".2f"))
+        cells.append(_over_seeds(own, "route_weight", ".2f"))
+        cells.append(_over_seeds(own, "dead_features", ".0f"))
         rows.append(cells)
-    return _markdown(
-        ["method", *(f"NormMSE, k {k}" for k in ks), *(f"KL, k {k}" for k in ks)], rows
-    )
+    header = ["variant", "NormMSE", "change", "KL", "change", "share of the last block", "mean p"]
+    return _markdown([*header, "dead features"], rows)
+
+
+def _context_rules_table(content: Mapping[str, Any]) -> str:
+    at = THRESHOLD_SHARES.index(READ_SHARE)
+    rows = []
+    for label, own in _main_features(content).items():
+        if label in (ROUTE, ASSIGNMENT, TOPK):
+            kept = [float(row["n_features"][at]) for row in own]
+            cells = [
+                _over_seeds(own, name, ".0f")
+                for name in ("more_than_4_contexts", "at_most_32_classes")
+            ]
+            rows.append([label, interval(kept).show(".0f"), *cells])
+    header = ["method", "at least 4 contexts (paper)", "more than 4 (code)"]
+    return _markdown([*header, "at most 32 token classes (code)"], rows)
 
 
 def _main_features(content: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -285,8 +373,10 @@ def _features_table(content: Mapping[str, Any]) -> str:
             interval([float(row["n_features"][i]) for row in own]).show(".0f")
             for i in range(len(THRESHOLD_SHARES))
         ]
-        scores = [_over_seeds(own, name) for name in ("offline_score", "judge_score")]
-        rows.append([label, *counts, *scores])
+        at = THRESHOLD_SHARES.index(READ_SHARE)
+        known = [row["offline_scores"][at] for row in own if row["offline_scores"][at] is not None]
+        offline = interval(known).show() if known else "-"
+        rows.append([label, *counts, offline, _over_seeds(own, "judge_score")])
     return _markdown([*header, "offline score", "judge's score"], rows)
 
 
@@ -296,7 +386,7 @@ def _claims_table(content: Mapping[str, Any]) -> str:
     at = THRESHOLD_SHARES.index(READ_SHARE)
     measures = {
         f"features above {READ_SHARE:g} sqrt d": lambda row: float(row["n_features"][at]),
-        "offline score": lambda row: row["offline_score"],
+        "offline score": lambda row: row["offline_scores"][at],
     }
     rows = []
     for title, measure in measures.items():
@@ -353,19 +443,30 @@ def _cell(text: str, width: int = 90) -> str:
 def write_figures(content: Mapping[str, Any], folder: Path) -> list[Path]:
     """The paper's figures from a reproduction, each as HTML and SVG; gives back their paths."""
     settings = content["settings"]
-    traded = [row for row in content["methods"] if row["label"] in TRADE_OFF]
-    features = [row for row in content["features"]["methods"] if row["label"] in TRADE_OFF]
-    main = {row["name"] for rows in _main(content).values() for row in rows}
-    features = [row for row in features if row["name"] in main]
+    blocks = settings["routed_blocks"]
+    shown = [row for label in SHOWN for row in _by_k(content, label).values()]
+    main = _main_features(content)
+    features = [row for label in SHOWN if label in main for row in main[label]]
+    route = {row["name"]: row for row in content["features"]["methods"] if row["label"] == ROUTE}
+    route_by_k = [
+        {**route[row["name"]], "label": f"k {k}"} for k, row in _by_k(content, ROUTE).items()
+    ]
     shares = {label: rows for label, rows in _main(content).items() if label in (*ROUTERS, RANDOM)}
+    in_training = {
+        label: [row for row in content["training_shares"] if row["label"] == label]
+        for label in ROUTERS
+    }
     figures = {
-        "tradeoff_norm_mse": tradeoff(traded, "norm_mse"),
-        "tradeoff_kl": tradeoff(traded, "kl"),
-        "features_by_threshold": threshold_curves(features),
-        "routing_shares": routing_shares(shares, settings["routed_blocks"]),
-        "features_by_layer": feature_profiles(
-            content["features"]["by_layer"]["shown"], settings["routed_blocks"]
-        ),
+        "tradeoff_kl": tradeoff(shown, "kl"),
+        "tradeoff_norm_mse": tradeoff(shown, "norm_mse"),
+        "features_by_sparsity": tradeoff(shown, "n_features"),
+        "scores_by_sparsity": tradeoff(shown, "score"),
+        "features_by_threshold": threshold_curves(features, "n_features"),
+        "route_features_by_threshold": threshold_curves(route_by_k, "n_features"),
+        "route_scores_by_threshold": threshold_curves(route_by_k, "offline_scores"),
+        "routing_shares": routing_shares(shares, blocks),
+        "routing_shares_training": routing_shares(in_training, blocks),
+        "features_by_layer": feature_profiles(content["features"]["by_layer"]["shown"], blocks),
     }
     return [
         path for name, figure in figures.items() for path in write_figure(figure, folder / name)

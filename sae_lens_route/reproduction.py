@@ -1,6 +1,7 @@
 """The paper's experiments on one model, in one command.
 
-1. *Train.* Every method on one stream of activations (`sweep.py`), a few seeds each.
+1. *Train.* Every method on one stream of activations (`sweep.py`), a few seeds each: the main
+   comparison, further sparsities, and variants of the RouteSAE where the paper and its code differ.
 2. *Match.* For every router a random one with the same share of the tokens per layer, trained in a
    second sweep: what a partition of the tokens is worth beyond its shares (`routing_gain`).
 3. *Read.* Contexts of every method's features over the same held-out text, and the offline ranking
@@ -28,33 +29,58 @@ from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
 from tqdm.auto import tqdm
 
 from sae_lens_route.activations import RoutedActivationsStore
+from sae_lens_route.baselines import StackedSAE
 from sae_lens_route.evals import evaluate
 from sae_lens_route.features import ContextCollector, ContextOptions, FeatureTable
 from sae_lens_route.interpret import Judge, offline_ranking
 from sae_lens_route.models import LanguageModel, load_model
 from sae_lens_route.report import (
     ASSIGNMENT,
-    BASELINES,
+    ATTENTION,
+    CROSSCODER,
+    CROSSCODER_TOPK,
+    DIFFERENCES,
     FROZEN,
+    GATED,
+    JUMPRELU,
+    MEAN,
+    MLSAE,
     PLAIN_MSE,
     RANDOM,
     READ_SHARE,
+    RELU,
     ROUTE,
     ROUTERS,
+    SAELENS_TOPK,
+    SHOWN,
+    SOFT,
     THRESHOLD_SHARES,
     TOPK,
-    TRADE_OFF,
+    TRADED,
     fill_tables,
     tables,
     write_figures,
 )
 from sae_lens_route.router import Routing, normalize
-from sae_lens_route.runner import RouteSAERunnerConfig
+from sae_lens_route.runner import TRAIN_LOG_FILENAME, RouteSAERunnerConfig
 from sae_lens_route.saes import RoutedSAE
 from sae_lens_route.sweep import SweepEntry, SweepRunner, evaluate_sweep, expand_runs
 
 DEMO_K, DEMO_OTHER_KS, DEMO_TOKENS = 16, (8, 32), 400_000
 """What fits the demo model and 45 minutes on two cores."""
+
+_NEAR_K = {
+    RELU: (0.375, -0.43),
+    GATED: (0.61, -0.55),
+    JUMPRELU: (0.079, -0.93),
+    CROSSCODER: (1.92e-3, -0.65),
+}
+"""What brings methods without a fixed k near 16 on the demo model, and its power of k / 16.
+
+Read off the L0 of runs of 400,000 tokens on held-out text, 3 to 7 values of each. It is the L1
+coefficient; for JumpReLU the initial threshold in units of sqrt(d_in), because in so short a run
+the L0 penalty hardly moves it (.008 to .07 give 30 to 26 active features).
+"""
 
 _MIN_CONTEXTS = 8
 _SHOWN = 5
@@ -91,11 +117,10 @@ class Reproduction:
     base_url: str | None = None
 
 
-def main_runs(k: int, last_block: int, n_steps: int) -> dict[str, dict[str, Any]]:
+def main_runs(k: int, d_in: int, last_block: int, n_steps: int) -> dict[str, dict[str, Any]]:
     """Every method at one sparsity, as `expand_runs` takes them.
 
-    Single-layer baselines read the last routed block, as the paper's do. Those without a fixed k
-    get penalties that bring them near it on the demo model.
+    Single-layer baselines read the last routed block, as the paper's do.
     """
     one = {"blocks": [last_block]}
     return {
@@ -104,22 +129,45 @@ def main_runs(k: int, last_block: int, n_steps: int) -> dict[str, dict[str, Any]
         ASSIGNMENT: {"k": k, "router_objective": "assignment"},
         RANDOM: {"k": k, "routing": "uniform"},
         PLAIN_MSE: {"k": k, "loss": "mse"},
-        "RouteSAE, soft": {"k": k, "routing": "soft"},
-        "RouteSAE, mean": {"k": k, "aggregation": "mean"},
-        "RouteSAE, attention": {"k": k, "aggregation": "attention"},
-        "MLSAE": {"k": k, "architecture": "multi_layer_topk"},
+        SOFT: {"k": k, "routing": "soft"},
+        MEAN: {"k": k, "aggregation": "mean"},
+        ATTENTION: {"k": k, "aggregation": "attention"},
+        MLSAE: {"k": k, "architecture": "multi_layer_topk"},
         TOPK: {"k": k, **one},
-        "TopK, SAELens defaults": {"k": k, "architecture": "topk", **one},
-        "ReLU": {"architecture": "route_standard", "l1_coefficient": 0.42, **one},
-        "Gated": {"architecture": "route_gated", "l1_coefficient": 0.7, **one},
-        "JumpReLU": {"architecture": "route_jumprelu", "l0_coefficient": 0.015, **one},
-        "Crosscoder": {
+        SAELENS_TOPK: {"k": k, "architecture": "topk", **one},
+        RELU: {"architecture": "route_standard", "l1_coefficient": _near(RELU, k), **one},
+        GATED: {"architecture": "route_gated", "l1_coefficient": _near(GATED, k), **one},
+        JUMPRELU: {
+            "architecture": "route_jumprelu",
+            "l0_coefficient": 0.015,
+            "jumprelu_init_threshold": _near(JUMPRELU, k) * d_in**0.5,
+            **one,
+        },
+        CROSSCODER: {
             "architecture": "crosscoder",
-            "l1_coefficient": 2e-3,
+            "l1_coefficient": _near(CROSSCODER, k),
             "l1_warm_up_steps": n_steps // 4,
         },
-        "Crosscoder, TopK": {"k": k, "architecture": "crosscoder_topk"},
+        CROSSCODER_TOPK: {"k": k, "architecture": "crosscoder_topk"},
     }
+
+
+def _near(label: str, k: int) -> float:
+    at_16, exponent = _NEAR_K[label]
+    return at_16 * (k / 16) ** exponent
+
+
+def difference_runs(k: int, routed_blocks: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """RouteSAEs that differ from `ROUTE` where the paper, its code and SAELens do."""
+    without_last = {"blocks": list(routed_blocks[:-1])} if len(routed_blocks) > 1 else {}
+    variants: tuple[dict[str, Any], ...] = (
+        {"latent_bias": False},
+        {"decoder_init_norm": 0.1},
+        {"decoder_norm_interval": 0},
+        {"aux_loss_coefficient": 1.0},
+        without_last,
+    )
+    return {label: {"k": k, **run} for label, run in zip(DIFFERENCES, variants, strict=True)}
 
 
 # --- stages --------------------------------------------------------------------------------------
@@ -156,13 +204,16 @@ def reproduce(
     twins = _sweep(what, model, "share-matched", _twins(entries, trained.rows))
     content = {
         "settings": settings,
-        "methods": trained.rows,
+        "methods": [row for row in trained.rows if row["label"] not in DIFFERENCES],
+        "differences": [row for row in trained.rows if row["label"] in DIFFERENCES],
         "share_matched": twins.rows,
+        "training_shares": _training_shares(what, trained),
         "features": _cached(what.output / "features.json", lambda: _features(what, model, trained)),
         "unscaled": _cached(what.output / "unscaled.json", lambda: _unscaled(what, model, trained)),
-        "seconds": time.perf_counter() - started,
     }
     path = what.output / "reproduction.json"
+    earlier = json.loads(path.read_text())["seconds"] if path.exists() else 0.0
+    content["seconds"] = max(earlier, time.perf_counter() - started)
     path.write_text(json.dumps(content, indent=1) + "\n")
     write_figures(content, what.output)
     if page is not None:
@@ -223,12 +274,14 @@ def _entries(what: Reproduction) -> dict[str, SweepEntry]:
         runs = {name: {**sized, **run} for name, run in runs.items()}
         return expand_runs(runs, cfg.sae.d_in, list(seeds))
 
+    main = main_runs(what.k, cfg.sae.d_in, last_block, n_steps)
+    main |= difference_runs(what.k, cfg.routed_layers or ())
     entries = {
-        f"{entry.label} seed={entry.seed}": entry
-        for entry in expanded(main_runs(what.k, last_block, n_steps), what.seeds).values()
+        f"{entry.label} seed={entry.seed}": entry for entry in expanded(main, what.seeds).values()
     }
     for k in what.other_ks:
-        runs = {name: main_runs(k, last_block, n_steps)[name] for name in TRADE_OFF}
+        at_k = main_runs(k, cfg.sae.d_in, last_block, n_steps)
+        runs = {name: at_k[name] for name in TRADED}
         entries |= {
             f"{entry.label} k={k}": entry for entry in expanded(runs, what.seeds[:1]).values()
         }
@@ -286,6 +339,28 @@ def _cached(path: Path, make: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
+def _training_shares(what: Reproduction, trained: _Stage) -> list[dict[str, Any]]:
+    """Mean share of the tokens per routed layer while the routers were trained (Figure 9 a)."""
+    names = {row["name"]: row for row in trained.rows if row["label"] in ROUTERS}
+    logged: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    with (what.output / "methods" / TRAIN_LOG_FILENAME).open() as lines:
+        for record in map(json.loads, lines):
+            if record["name"] in names:
+                logged[record["name"]].append(record)
+    return [
+        {
+            "label": row["label"],
+            "seed": row["seed"],
+            "share": [
+                statistics.fmean(record[f"route_share/{i}"] for record in logged[name])
+                for i in range(len(row["share"]))
+            ],
+        }
+        for name, row in names.items()
+        if name == f"{row['label']} seed={row['seed']}"
+    ]
+
+
 def _unscaled(what: Reproduction, model: LanguageModel, trained: _Stage) -> list[dict[str, Any]]:
     """Both conventions of the splice, for the paper's RouteSAE and for plain MSE."""
     rows = []
@@ -312,21 +387,27 @@ def _unscaled(what: Reproduction, model: LanguageModel, trained: _Stage) -> list
 
 @torch.no_grad()
 def _features(what: Reproduction, model: LanguageModel, trained: _Stage) -> dict[str, Any]:
-    """Interpretable features of every method that routes, over the same text, and their ranking.
+    """Interpretable features of every method, over the same text, and their ranking.
 
     Activations are taken in the units of n(x), x_route without p: methods whose p differ could not
-    be held against one threshold otherwise.
+    be held against one threshold otherwise. A crosscoder's are those of its stacked layers.
     """
-    saes = {name: sae for name, sae in trained.saes.items() if isinstance(sae, RoutedSAE)}
-    widest = max(saes.values(), key=lambda sae: sae.cfg.n_routed_layers)
+    saes = {
+        row["name"]: trained.saes[row["name"]]
+        for row in trained.rows
+        if row["label"] not in DIFFERENCES
+    }
+    widest = max(
+        (sae for sae in saes.values() if isinstance(sae, RoutedSAE)),
+        key=lambda sae: sae.cfg.n_routed_layers,
+    )
     blocks = list(widest.cfg.metadata.routed_layers)
     text = RoutedActivationsStore.from_sae(model, cast(Any, widest), what.eval_dataset)
     norm = what.cfg.sae.d_in**0.5
-    thresholds = tuple(share * norm for share in THRESHOLD_SHARES)
-    options = ContextOptions(READ_SHARE * norm, thresholds)
+    options = ContextOptions(READ_SHARE * norm, tuple(share * norm for share in THRESHOLD_SHARES))
     collectors = {
         name: ContextCollector(
-            sae.cfg.d_in, sae.cfg.d_sae, sae.cfg.metadata.hook_names, model.tokenizer, options
+            what.cfg.sae.d_in, sae.cfg.d_sae, sae.cfg.metadata.hook_names, model.tokenizer, options
         )
         for name, sae in saes.items()
     }
@@ -338,17 +419,29 @@ def _features(what: Reproduction, model: LanguageModel, trained: _Stage) -> dict
         kept = text.kept(tokens)
         for name, sae in saes.items():
             rows = [blocks.index(block) for block in sae.cfg.metadata.routed_layers]
-            routing = sae.route(streams[..., rows, :])
-            acts = sae.encode(_unscaled_input(sae, routing))
-            collectors[name].add(tokens, acts, routing.layer, routing.weight, kept)
+            acts, layer, weight = _read(sae, streams[..., rows, :])
+            collectors[name].add(tokens, acts, layer, weight, kept)
     rows = []
     for row in tqdm(trained.rows, "ranking features"):
         if row["name"] in saes:
-            table = collectors[row["name"]].table()
-            rows.append({**_feature_row(row, table), "judge_score": _judged(what, row, table)})
+            rows.append(_feature_row(what, row, collectors[row["name"]]))
     shown = f"{ASSIGNMENT} seed={what.seeds[0]}"
-    by_layer = _feature_layers(what, model, saes[shown], collectors[shown].table())
+    by_layer = _feature_layers(what, model, cast(Any, saes[shown]), collectors[shown].table())
     return {"methods": rows, "by_layer": by_layer}
+
+
+def _read(sae: SAE[Any], streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Feature activations in the units of n(x), and each token's layer and weight.
+
+    A crosscoder reads all layers: it is given the last, where its splice counts.
+    """
+    if isinstance(sae, StackedSAE):
+        acts = sae.encode_layers(streams)
+        layer = torch.full(acts.shape[:-1], streams.shape[-2] - 1, device=acts.device)
+        return acts, layer, torch.ones_like(acts[..., 0])
+    assert isinstance(sae, RoutedSAE)
+    routing = sae.route(streams)
+    return sae.encode(_unscaled_input(sae, routing)), routing.layer, routing.weight
 
 
 def _unscaled_input(sae: RoutedSAE, routing: Routing) -> torch.Tensor:
@@ -358,22 +451,40 @@ def _unscaled_input(sae: RoutedSAE, routing: Routing) -> torch.Tensor:
     return routing.x_route / routing.weight.unsqueeze(-1)
 
 
-def _feature_row(row: Mapping[str, Any], table: FeatureTable) -> dict[str, Any]:
-    scores = [score.score for score in offline_ranking(table) if score.score is not None]
+def _feature_row(
+    what: Reproduction, row: Mapping[str, Any], collector: ContextCollector
+) -> dict[str, Any]:
+    table = collector.table()
+    counts = table.run.counts
+    profiles = [table.profile(feature) for feature in table.interpretable]
+    scored = {table.run.options.threshold: _offline_score(table)}
+    if row["label"] == ROUTE and row["seed"] == what.seeds[0]:  # Figure 5 b
+        scored |= {
+            count.threshold: _offline_score(collector.table(count.threshold)) for count in counts
+        }
     return {
         "name": row["name"],
         "label": row["label"],
         "seed": row["seed"],
         "k": row["k"],
-        "thresholds": [count.threshold for count in table.run.counts],
-        "n_features": [count.n_features for count in table.run.counts],
-        "offline_score": statistics.fmean(scores) if scores else None,
+        "l0": row["l0"],
+        "thresholds": [count.threshold for count in counts],
+        "n_features": [count.n_features for count in counts],
+        "offline_scores": [scored.get(count.threshold) for count in counts],
+        "judge_score": _judged(what, row, table),
+        "more_than_4_contexts": sum(profile.n_contexts > 4 for profile in profiles),
+        "at_most_32_classes": sum(profile.n_classes <= 32 for profile in profiles),
     }
+
+
+def _offline_score(table: FeatureTable) -> float | None:
+    scores = [score.score for score in offline_ranking(table) if score.score is not None]
+    return statistics.fmean(scores) if scores else None
 
 
 def _judged(what: Reproduction, row: Mapping[str, Any], table: FeatureTable) -> float | None:
     """Mean score of 100 features by the judge, for the first seed of the methods compared."""
-    judged = row["label"] in (*TRADE_OFF, *BASELINES) and row["seed"] == what.seeds[0]
+    judged = row["label"] in SHOWN and row["seed"] == what.seeds[0]
     if what.judge is None or not judged or not table.interpretable:
         return None
     path = what.output / "judge" / f"{row['name']}.jsonl"

@@ -266,6 +266,8 @@ class RoutedTrainingConfig(RoutedConfig, _TrainingConfigBase):
             does. "assignment" trains it to predict where each token is reconstructed best when
             every layer gets the same load (see `assignment_loss`). "frozen" leaves it at its random
             start.
+        latent_bias: whether `b_enc` is trained, as in the paper's code, or stays at 0, as in its
+            Eq. 10.
         decoder_norm_interval: decoder rows are set to unit norm before the first step, then after
             steps 0, N, 2N, ... and before saving; 0 leaves them alone.
         decoder_init_norm: None starts as the reference does (encoder uniform within 1/sqrt(d),
@@ -274,6 +276,7 @@ class RoutedTrainingConfig(RoutedConfig, _TrainingConfigBase):
 
     loss: LossName = "normalized_mse"
     router_objective: RouterObjective = "reconstruction"
+    latent_bias: bool = True
     decoder_norm_interval: int = 10
     decoder_init_norm: float | None = None
 
@@ -286,6 +289,8 @@ class RoutedTrainingConfig(RoutedConfig, _TrainingConfigBase):
                 f"router_objective='assignment': routing={self.routing!r} sends no token to one "
                 "layer of the router's choice; it must be 'hard'"
             )
+        if not self.latent_bias and "gated" in self.architecture():
+            raise ValueError(f"latent_bias=False: {self.architecture()} has no b_enc to hold at 0")
         if self.decoder_norm_interval < 0:
             raise ValueError(f"decoder_norm_interval={self.decoder_norm_interval}: must be >= 0")
 
@@ -304,10 +309,12 @@ class RoutedTrainingSAE(RoutedSAE, _TrainingBase):
     def __init__(self, cfg: Any, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
         self.mse_loss_fn = normalized_mse if cfg.loss == "normalized_mse" else _mse
-        if cfg.router_objective == "frozen":
-            for name, parameter in self.named_parameters():
-                if name in ("W_router", "q_router"):
-                    parameter.requires_grad_(False)
+        frozen = {"W_router", "q_router"} if cfg.router_objective == "frozen" else set()
+        if not cfg.latent_bias:
+            frozen.add("b_enc")
+        for name, parameter in self.named_parameters():
+            if name in frozen:
+                parameter.requires_grad_(False)
 
     @override
     def initialize_weights(self) -> None:

@@ -65,9 +65,9 @@ def test_tables_go_between_their_markers(tmp_path: Path) -> None:
 
 
 def test_every_method_is_known_to_saelens() -> None:
-    runs = {name: {"d_sae": 128, **run} for name, run in main_runs(8, 11, 100).items()}
+    runs = {name: {"d_sae": 128, **run} for name, run in main_runs(8, 64, 11, 100).items()}
     entries = expand_runs(runs, 64, [0])
-    assert len(entries) == len(main_runs(8, 11, 100))
+    assert len(entries) == len(main_runs(8, 64, 11, 100))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Reproduction, dict[st
 def test_a_reproduction_has_everything(run: tuple[Reproduction, dict[str, Any]]) -> None:
     what, content = run
     labels = {row["label"] for row in content["methods"]}
-    assert labels == set(main_runs(8, 11, 1))
+    assert labels == set(main_runs(8, 64, 11, 1))
     assert {row["label"] for row in content["share_matched"]} == set(ROUTERS)
     for row in content["methods"]:
         assert math.isfinite(row["norm_mse"]), row["name"]
