@@ -37,13 +37,11 @@ from transformers import PreTrainedTokenizerFast
 
 from sae_lens_route import RouteTopKSAE, RouteTopKSAEConfig
 from sae_lens_route.features import (
-    CLOSE,
-    OPEN,
-    REFERENCE_SENTENCE_ENDS,
     ContextCollector,
     ContextOptions,
     model_batches,
 )
+from sae_lens_route.sentences import CLOSE, OPEN, REFERENCE_SENTENCE_ENDS
 
 
 @dataclass(frozen=True)

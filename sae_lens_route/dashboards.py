@@ -10,29 +10,24 @@ every token. Over the data: the routed shares, and an index to search and sort.
 2. Summarise: the features that were asked for (the strongest ones by default) become plain numbers.
 3. Write: the numbers are embedded as JSON, beside plotly. The page draws a feature when it is
    selected; `page.html#feature=12` opens on feature 12.
-
-`sae_dashboard_pages` writes SAEDashboard's page for the plain SAE behind the router, run at the
-routed hook, and makes that page self-contained too.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from html import escape
+from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float, Int
 from plotly.offline import get_plotlyjs
-from sae_lens.registry import get_sae_class
-from sae_lens.saes.sae import SAE, TrainingSAE
 from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
@@ -42,7 +37,6 @@ from sae_lens_route.interpret import Answer, OfflineScore
 from sae_lens_route.models import LanguageModel
 from sae_lens_route.router import Routing
 from sae_lens_route.saes import RoutedSAE
-from sae_lens_route.splice import attach
 
 N_FEATURES = 32
 N_BINS = 40
@@ -113,11 +107,13 @@ def dashboard_data(
     max_tokens: int = 50_000,
 ) -> dict[str, Any]:
     """The numbers of `write_dashboard`'s page, as they are embedded in it (same arguments)."""
-    tokenizer = _tokenizer(model)
-    _check_features(features, sae.cfg.d_sae)
-    batches, passed_over = _batches(tokens, max_tokens), _passed_over(sae, tokenizer)
-    seen = _collect(model, sae, batches, passed_over, features)
-    chosen = _strongest(seen, n_features) if features is None else list(dict.fromkeys(features))
+    tokenizer = tokenizer_of(model)
+    check_features(features, sae.cfg.d_sae)
+    batches, passed_over = tensor_batches(tokens, max_tokens), passed_over_ids(sae, tokenizer)
+    seen = collect_activations(model, sae, batches, passed_over, features)
+    chosen = (
+        strongest_features(seen, n_features) if features is None else list(dict.fromkeys(features))
+    )
     words = _Words(tokenizer)
     scores = judge_scores or {}
     entries = [_feature(seen, feature, scores.get(feature), words) for feature in chosen]
@@ -156,17 +152,17 @@ def dashboard_html(data: Mapping[str, Any]) -> str:
     """
     parts = {
         "TITLE": escape(f"RouteSAE features: {data['model']}"),
-        "STYLE": _STYLE,
+        "STYLE": page_file("style.css"),
         "PLOTLY": get_plotlyjs(),
         "DATA": _json_for_html(data),
-        "SCRIPT": _SCRIPT,
+        "SCRIPT": page_file("script.js"),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _PAGE)
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], page_file("page.html"))
 
 
 def route_heatmap(model: LanguageModel, sae: RoutedSAE, text: str) -> go.Figure:
     """Route probabilities of a text, token by block, with the chosen block marked."""
-    words = _Words(_tokenizer(model))
+    words = _Words(tokenizer_of(model))
     ids, routing = route_text(model, sae, text)
     shown = _text(ids, routing, words, len(ids))
     labels = [escape(_visible(words.pieces[i]), quote=False) for i in shown["tokens"]]
@@ -215,7 +211,7 @@ def route_text(
 
     BOS is put in front as in training, and the text is cut to the context of the training.
     """
-    tokenizer, metadata = _tokenizer(model), sae.cfg.metadata
+    tokenizer, metadata = tokenizer_of(model), sae.cfg.metadata
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if metadata.prepend_bos is not False and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id, *ids]
@@ -231,7 +227,7 @@ def route_text(
 
 
 @dataclass
-class _Seen:
+class Seen:
     """Everything one pass of the model showed; arrays over tokens and over activations."""
 
     n_layers: int
@@ -256,15 +252,16 @@ class _Seen:
         return self.token[first:last], self.value[first:last]
 
 
-def _batches(
+def tensor_batches(
     tokens: Int[Tensor, "n pos"] | RoutedActivationsStore, max_tokens: int
 ) -> Iterable[Int[Tensor, "_ _"]]:
+    """Token ids in batches; `max_tokens` bounds what is read of a store."""
     if isinstance(tokens, Tensor):
         return tokens.split(_BATCH_SIZE)
     return tokens.token_batches(max_tokens)
 
 
-def _passed_over(sae: RoutedSAE, tokenizer: Any) -> Int[Tensor, " ids"]:
+def passed_over_ids(sae: RoutedSAE, tokenizer: Any) -> Int[Tensor, " ids"]:
     """Special tokens, and what training left out."""
     excluded = sae.cfg.metadata.exclude_special_tokens
     ids = set(tokenizer.all_special_ids)
@@ -276,15 +273,16 @@ def _passed_over(sae: RoutedSAE, tokenizer: Any) -> Int[Tensor, " ids"]:
 
 
 @torch.no_grad()
-def _collect(
+def collect_activations(
     model: LanguageModel,
     sae: RoutedSAE,
     token_batches: Iterable[Int[Tensor, "_ _"]],
     passed_over: Int[Tensor, " ids"],
     features: Sequence[int] | None,
-) -> _Seen:
+) -> Seen:
+    """Run the model once over the tokens; `features=None` keeps the activations of all."""
     only = None if features is None else torch.tensor(sorted(set(features)), dtype=torch.long)
-    columns: dict[str, list[np.ndarray]] = {field.name: [] for field in fields(_Seen)}
+    columns: dict[str, list[np.ndarray]] = {field.name: [] for field in fields(Seen)}
     probs_sum = np.zeros(sae.cfg.n_routed_layers)
     first_texts: list[tuple[np.ndarray, Routing]] = []
     n_tokens = n_sequences = 0
@@ -324,12 +322,12 @@ def _collect(
     order = np.argsort(joined["feature"], kind="stable")
     for name in ("feature", "token", "value"):
         joined[name] = joined[name][order]
-    return _Seen(
+    return Seen(
         n_layers=sae.cfg.n_routed_layers, probs_sum=probs_sum, first_texts=first_texts, **joined
     )
 
 
-def _strongest(seen: _Seen, n: int) -> list[int]:
+def strongest_features(seen: Seen, n: int) -> list[int]:
     """The features with the largest activations, the strongest first."""
     found, first = np.unique(seen.feature, return_index=True)
     if not len(found):
@@ -338,7 +336,8 @@ def _strongest(seen: _Seen, n: int) -> list[int]:
     return found[np.argsort(-maximum, kind="stable")[:n]].tolist()
 
 
-def _check_features(features: Sequence[int] | None, d_sae: int) -> None:
+def check_features(features: Sequence[int] | None, d_sae: int) -> None:
+    """Raise ValueError unless these are features of the SAE, at least one, or None."""
     if features is not None and not features:
         raise ValueError("features=[]: give at least one, or None for the strongest")
     outside = [feature for feature in features or () if not 0 <= feature < d_sae]
@@ -346,7 +345,8 @@ def _check_features(features: Sequence[int] | None, d_sae: int) -> None:
         raise ValueError(f"features={outside}: the SAE has features 0 to {d_sae - 1}")
 
 
-def _tokenizer(model: LanguageModel) -> Any:
+def tokenizer_of(model: LanguageModel) -> Any:
+    """The model's tokenizer; ValueError if it has none."""
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise ValueError("the model has no tokenizer, and a page shows tokens: set model.tokenizer")
@@ -399,7 +399,7 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _feature(seen: _Seen, feature: int, score: Score | None, words: _Words) -> dict[str, Any]:
+def _feature(seen: Seen, feature: int, score: Score | None, words: _Words) -> dict[str, Any]:
     token, value = seen.activations(feature)
     layer = seen.layer[token]
     counts = np.bincount(layer, minlength=seen.n_layers)
@@ -441,7 +441,7 @@ def _order_statistics(values: Float[np.ndarray, " n"]) -> list[float]:
 
 
 def _contexts(
-    seen: _Seen, token: Int[np.ndarray, " n"], value: Float[np.ndarray, " n"], words: _Words
+    seen: Seen, token: Int[np.ndarray, " n"], value: Float[np.ndarray, " n"], words: _Words
 ) -> list[dict[str, Any]]:
     """The strongest places, each with the tokens around it; no two in the same half window."""
     contexts: list[dict[str, Any]] = []
@@ -496,553 +496,6 @@ def _json_for_html(data: Any) -> str:
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none';
- script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{TITLE}}</title>
-<style>{{STYLE}}</style>
-</head>
-<body>
-<header><h1>RouteSAE features</h1><p id="about"></p></header>
-<div id="columns">
-<aside>
-<input id="search" type="search" placeholder="search number, token, explanation"
- aria-label="search features">
-<div id="index-box"><table id="index"><thead><tr></tr></thead><tbody></tbody></table></div>
-</aside>
-<main>
-<section class="card">
-<div id="bar">
-<button id="previous" title="previous feature">◀</button>
-<select id="selector" aria-label="feature"></select>
-<button id="next" title="next feature">▶</button>
-<span id="numbers"></span>
-</div>
-<p id="explanation"></p>
-<div class="plots">
-<div id="histogram"></div><div id="layers"></div><div id="violin"></div>
-</div>
-</section>
-<section class="card">
-<h2>Strongest contexts</h2>
-<p class="note">Colour: activation of the feature. Hover over a token for its activation, the block
-it was routed to and the route weight.</p>
-<div id="contexts"></div>
-</section>
-<section class="card">
-<div class="row"><h2>Route probabilities</h2><select id="texts" aria-label="text"></select></div>
-<p class="note">Token by block; the square marks the chosen block.</p>
-<div class="scroll"><div id="heatmap"></div></div>
-</section>
-<section class="card"><h2>Routed shares of the data</h2><div id="shares"></div></section>
-</main>
-</div>
-<script>{{PLOTLY}}</script>
-<script id="data" type="application/json">{{DATA}}</script>
-<script>{{SCRIPT}}</script>
-</body>
-</html>
-"""
-
-_STYLE = """
-:root { --line: #dde1e6; --ink: #1f2933; --soft: #66707c; --blue: #33658a; }
-* { box-sizing: border-box; }
-body { margin: 0; font: 14px/1.45 system-ui, sans-serif; color: var(--ink); background: #f5f6f8; }
-header { padding: 10px 20px; background: #fff; border-bottom: 1px solid var(--line); }
-h1 { font-size: 18px; margin: 0; } h2 { font-size: 15px; margin: 0 0 4px; }
-#about, .note { color: var(--soft); margin: 2px 0 6px; font-size: 12.5px; }
-#columns { display: flex; align-items: flex-start; gap: 14px; padding: 14px 20px; }
-aside { flex: 0 0 400px; position: sticky; top: 14px; }
-main { flex: 1 1 0; min-width: 0; }
-.card, #index-box { background: #fff; border: 1px solid var(--line); border-radius: 6px; }
-.card { padding: 12px 14px; margin-bottom: 14px; }
-#search { width: 100%; padding: 6px 8px; margin-bottom: 8px; border: 1px solid var(--line);
-  border-radius: 6px; font: inherit; }
-#index-box { max-height: calc(100vh - 80px); overflow-y: auto; }
-#index { border-collapse: collapse; width: 100%; font-size: 12.5px; }
-#index th { position: sticky; top: 0; background: #fff; cursor: pointer; text-align: right;
-  padding: 6px; border-bottom: 1px solid var(--line); white-space: nowrap; user-select: none; }
-#index td { text-align: right; padding: 3px 6px; font-variant-numeric: tabular-nums; }
-#index th:last-child, #index td:last-child { text-align: left; }
-#index td:last-child { max-width: 110px; overflow: hidden; text-overflow: ellipsis;
-  white-space: nowrap; font-family: ui-monospace, monospace; }
-#index tbody tr { cursor: pointer; } #index tbody tr:hover { background: #eef3f7; }
-#index tr.selected { background: #dbe8f2 !important; font-weight: 600; }
-#bar, .row { display: flex; align-items: center; gap: 8px; flex-wrap: wrap; }
-#bar select, #bar button, .row select { font: inherit; padding: 3px 8px; max-width: 420px; }
-#numbers { color: var(--soft); } #explanation { margin: 6px 0 0; } #explanation:empty { margin: 0; }
-.plots { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); }
-.plots > div { height: 250px; }
-.strip { padding: 5px 0; border-top: 1px solid #eef0f2; font-family: ui-monospace, monospace;
-  font-size: 12.5px; line-height: 1.75; white-space: pre-wrap; overflow-wrap: anywhere; }
-.strip .place { color: var(--soft); font: 11px system-ui, sans-serif; margin-right: 8px;
-  display: inline-block; min-width: 120px; }
-.token { border-radius: 2px; padding: 2px 0; } .token:hover { outline: 1px solid var(--ink); }
-.token.top { font-weight: 700; text-decoration: underline; } .token.passed { color: #a5adb6; }
-.scroll { overflow-x: auto; } #shares { height: 230px; }
-@media (max-width: 1000px) { #columns { flex-direction: column; align-items: stretch; }
-  aside { position: static; flex: none; } #index-box { max-height: 260px; } }
-@media (max-width: 700px) { .plots { grid-template-columns: minmax(0, 1fr); } }
-"""
-
-_SCRIPT = r"""
-"use strict";
-const root = document.documentElement;
-addEventListener("error", e => { root.dataset.error = (root.dataset.error || "") + e.message; });
-addEventListener("unhandledrejection", e => {
-  root.dataset.error = (root.dataset.error || "") + e.reason;
-});
-const D = JSON.parse(document.getElementById("data").textContent);
-const byId = new Map(D.features.map(f => [f.feature, f]));
-const $ = id => document.getElementById(id);
-const element = (tag, text, name) => {
-  const made = document.createElement(tag);
-  if (text !== undefined) made.textContent = text;
-  if (name) made.className = name;
-  return made;
-};
-const visible = piece => {
-  const shown = piece.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/\r/g, "␍");
-  return shown.trim() ? shown : shown.replace(/ /g, "␣");
-};
-// plotly reads its labels as HTML
-const label = piece => visible(piece).replace(/&/g, "&amp;").replace(/</g, "&lt;");
-const number = (x, digits = 3) => x === null || x === undefined ? "-" : x.toPrecision(digits);
-const percent = x => x >= 0.1 ? (100 * x).toFixed(1) + "%" : (100 * x).toPrecision(2) + "%";
-const BLUE = "#33658a", ORANGE = "#e07b00", RED = "#cc3311";
-const BLOCKS = D.blocks.map(String);
-
-const draw = (id, traces, layout) => Plotly.react(id, traces, {
-  margin: {l: 48, r: 12, t: 30, b: 40}, font: {size: 11, color: "#1f2933"}, showlegend: false,
-  paper_bgcolor: "#fff", plot_bgcolor: "#fff", ...layout,
-}, {displaylogo: false, displayModeBar: false, responsive: true});
-const axis = (title, more) =>
-  ({title: {text: title, standoff: 6}, gridcolor: "#e8ebee", zerolinecolor: "#c8cdd3", ...more});
-const blockAxis = more => axis("block", {type: "category", categoryorder: "array",
-  categoryarray: BLOCKS, range: [-0.6, BLOCKS.length - 0.4], ...more});
-
-// --- one feature
-const share = f => f.layer_counts.map(n => f.n_fired ? n / f.n_fired : 0);
-const meanBlock = f => f.n_fired
-  ? share(f).reduce((sum, s, i) => sum + s * D.blocks[i], 0) : null;
-const topTokens = f => [...new Set(f.contexts.map(c => D.words[c.tokens[c.at]]))];
-
-function drawHistogram(f) {
-  const width = (f.max_activation || 1) / f.histogram.length;
-  draw("histogram", [{
-    type: "bar", x: f.histogram.map((_, i) => (i + 0.5) * width), y: f.histogram, width,
-    marker: {color: ORANGE}, hovertemplate: "activation %{x:.3g}<br>%{y} tokens<extra></extra>",
-  }], {title: {text: "Activations above 0"}, bargap: 0,
-    xaxis: axis("activation"), yaxis: axis("tokens")});
-}
-
-function drawLayers(f) {
-  draw("layers", [{
-    type: "bar", x: BLOCKS, y: share(f), marker: {color: BLUE}, customdata: f.layer_counts,
-    hovertemplate: "block %{x}<br>%{y:.1%} (%{customdata} tokens)<extra></extra>",
-  }], {title: {text: "Blocks it fires at"}, xaxis: blockAxis(),
-    yaxis: axis("share", {tickformat: ".0%", rangemode: "tozero"})});
-}
-
-function drawViolin(f) {
-  const traces = f.violin.map((values, i) => {
-    const few = values.length < 8;  // too few for a density: the points themselves
-    return {
-      type: "violin", y: values, x: values.map(() => BLOCKS[i]), name: BLOCKS[i], hoverinfo: "y",
-      points: few && "all", pointpos: 0, jitter: 0.3, marker: {size: 4, color: BLUE}, width: 0.85,
-      line: {color: BLUE, width: few ? 0 : 1}, meanline: {visible: !few}, spanmode: "hard",
-      fillcolor: few ? "rgba(0,0,0,0)" : "rgba(51,101,138,0.25)",
-    };
-  }).filter(trace => trace.y.length);
-  draw("violin", traces, {title: {text: "Activations by block"}, xaxis: blockAxis(),
-    yaxis: axis("activation", {rangemode: "tozero"})});
-}
-
-function drawContexts(f) {
-  $("contexts").replaceChildren(...f.contexts.map(c => {
-    const strip = element("div", undefined, "strip");
-    strip.append(element("span",
-      `${c.acts[c.at].toFixed(2)} · block ${D.blocks[c.layer[c.at]]} · #${c.sequence}`, "place"));
-    c.tokens.forEach((word, i) => {
-      const piece = D.words[word], passed = c.layer[i] < 0;
-      const token = element("span", piece.replace(/[\n\r]/g, "↵"), "token");
-      if (passed) token.classList.add("passed");
-      if (i === c.at) token.classList.add("top");
-      if (c.acts[i] > 0) {
-        const alpha = 0.12 + 0.88 * c.acts[i] / f.max_activation;
-        token.style.backgroundColor = `rgba(255,150,30,${alpha.toFixed(3)})`;
-      }
-      token.dataset.act = c.acts[i];
-      token.title = visible(piece) + (passed ? "\nspecial token, passed over"
-        : `\nactivation ${number(c.acts[i])}\nblock ${D.blocks[c.layer[i]]}, `
-          + `route weight ${c.weight[i]}`);
-      strip.append(token);
-    });
-    return strip;
-  }));
-  if (!f.contexts.length) {
-    $("contexts").append(element("p", "Never active on these tokens.", "note"));
-  }
-}
-
-function show(id) {
-  const f = byId.get(id);
-  $("selector").value = String(id);
-  document.title = `feature ${id}`;
-  $("numbers").textContent = `fires on ${percent(f.density)} of the tokens (${f.n_fired}) · `
-    + `largest activation ${number(f.max_activation, 4)} · mean block ${number(meanBlock(f))}`
-    + (f.score === null ? "" : ` · ${D.score_name} ${f.score}`);
-  $("explanation").textContent = f.explanation ? `${f.category}: ${f.explanation}` : "";
-  drawHistogram(f); drawLayers(f); drawViolin(f); drawContexts(f);
-  for (const row of $("index").tBodies[0].rows) {
-    row.classList.toggle("selected", Number(row.dataset.feature) === id);
-  }
-  root.dataset.feature = id;
-}
-
-// --- index
-const COLUMNS = [
-  ["feature", f => f.feature, f => f.feature],
-  ["density", f => f.density, f => percent(f.density)],
-  ["mean block", meanBlock, f => f.n_fired ? meanBlock(f).toFixed(1) : "-"],
-  ["max", f => f.max_activation, f => number(f.max_activation)],
-  [D.score_name, f => f.score, f => number(f.score, 2).replace(/\.0$/, "")],
-  ["fires on", f => topTokens(f).join(" "), f => topTokens(f).slice(0, 4).map(visible).join(" ")],
-].filter(column => column[0] !== D.score_name || D.features.some(f => f.score !== null));
-let sorted = {column: null, sign: 1};
-
-function fillIndex() {
-  const wanted = $("search").value.toLowerCase();
-  let list = D.features.filter(f =>
-    `${f.feature} ${topTokens(f).join(" ")} ${f.category || ""} ${f.explanation || ""}`
-      .toLowerCase().includes(wanted));
-  if (sorted.column !== null) {
-    const key = COLUMNS[sorted.column][1];
-    list = [...list].sort((a, b) => {
-      const [x, y] = [key(a), key(b)];
-      if (x === null || y === null) return (x === null) - (y === null);
-      return sorted.sign * (x < y ? -1 : x > y ? 1 : 0);
-    });
-  }
-  $("index").tBodies[0].replaceChildren(...list.map(f => {
-    const row = element("tr");
-    row.dataset.feature = f.feature;
-    row.append(...COLUMNS.map(column => element("td", column[2](f))));
-    row.onclick = () => go(f.feature);
-    row.classList.toggle("selected", String(f.feature) === root.dataset.feature);
-    return row;
-  }));
-}
-
-COLUMNS.forEach((column, i) => {
-  const head = element("th", column[0]);
-  head.onclick = () => {
-    sorted = {column: i, sign: sorted.column === i ? -sorted.sign : i && i < 5 ? -1 : 1};
-    for (const cell of head.parentNode.cells) cell.textContent = COLUMNS[cell.cellIndex][0];
-    head.textContent += sorted.sign > 0 ? " ▲" : " ▼";
-    fillIndex();
-  };
-  $("index").tHead.rows[0].append(head);
-});
-$("search").oninput = fillIndex;
-
-// --- texts and shares
-function drawText(t) {
-  const at = t.tokens.map((_, i) => i), words = t.tokens.map(i => label(D.words[i]));
-  const z = D.blocks.map((_, layer) => t.probs.map(p => p[layer]));
-  const width = Math.max(500, 110 + 18 * at.length);
-  $("heatmap").style.width = width + "px";
-  draw("heatmap", [{
-    type: "heatmap", x: at, y: BLOCKS, z, zmin: 0,
-    colorscale: [[0, "#f4f8fb"], [0.5, "#7fa8c9"], [1, "#12395c"]],
-    customdata: z.map(() => words), colorbar: {title: {text: "p"}, thickness: 12},
-    hovertemplate: "%{customdata}<br>block %{y}: p = %{z:.3f}<extra></extra>",
-  }, {
-    type: "scatter", mode: "markers", x: at, y: t.layer.map(layer => BLOCKS[layer]),
-    marker: {symbol: "square-open", size: 10, color: RED, line: {width: 2}}, hoverinfo: "skip",
-  }], {width, height: 150 + 24 * BLOCKS.length, margin: {l: 48, r: 12, t: 10, b: 90},
-    xaxis: {tickvals: at, ticktext: words, tickangle: -60, showgrid: false, zeroline: false,
-      range: [-0.5, at.length - 0.5]},
-    yaxis: blockAxis({showgrid: false})});
-}
-
-function drawShares() {
-  draw("shares", [
-    {type: "bar", x: BLOCKS, y: D.share, name: "share of tokens", marker: {color: BLUE}},
-    {type: "scatter", mode: "lines+markers", x: BLOCKS, y: D.mean_probs,
-      name: "mean route probability", line: {color: ORANGE, dash: "dot"}},
-  ], {showlegend: true, legend: {orientation: "h", y: 1.15}, xaxis: blockAxis(),
-    yaxis: axis("", {tickformat: ".0%", rangemode: "tozero"})});
-}
-
-// --- start
-function fromHash() {
-  const asked = /feature=(\d+)/.exec(location.hash);
-  const id = asked && byId.has(Number(asked[1])) ? Number(asked[1]) : D.features[0].feature;
-  show(id);
-}
-function go(id) { location.hash = `feature=${id}`; }
-function step(by) {
-  const rows = [...$("index").tBodies[0].rows].map(row => Number(row.dataset.feature));
-  const at = rows.indexOf(Number($("selector").value));
-  if (rows.length) go(rows[(at + by + rows.length) % rows.length]);
-}
-
-$("about").textContent = `${D.model} · ${D.architecture}, ${D.routing} routing over blocks `
-  + `${BLOCKS.join(", ")} · ${D.d_sae} features, ${D.features.length} on this page · `
-  + `${D.n_tokens.toLocaleString("en")} tokens in ${D.n_sequences.toLocaleString("en")} sequences`;
-$("selector").append(...D.features.map(f => {
-  const option = element("option",
-    `${f.feature}   ${topTokens(f).slice(0, 4).map(visible).join(" ")}`);
-  option.value = f.feature;
-  return option;
-}));
-$("selector").onchange = () => go($("selector").value);
-$("previous").onclick = () => step(-1);
-$("next").onclick = () => step(1);
-addEventListener("hashchange", fromHash);
-fillIndex();
-fromHash();
-root.dataset.readyMs = Math.round(performance.now());
-$("texts").append(...D.texts.map((t, i) => {
-  const option = element("option",
-    t.tokens.slice(0, 14).map(word => visible(D.words[word])).join("").slice(0, 60));
-  option.value = i;
-  return option;
-}));
-$("texts").onchange = () => drawText(D.texts[$("texts").value]);
-// after the feature has been painted
-setTimeout(() => {
-  if (D.texts.length) drawText(D.texts[0]);
-  drawShares();
-  root.dataset.ready = "yes";
-}, 0);
-"""
-
-
-# --- SAEDashboard --------------------------------------------------------------------------------
-
-
-def plain_sae(sae: RoutedSAE) -> SAE[Any]:
-    """The SAE behind the router: the same weights, copied, under the base architecture.
-
-    It is what tools know that ask for an architecture by name; its input is the routed activation.
-
-    Raises:
-        ValueError: `sae` is one for training, which may not encode as the saved one does.
-    """
-    if isinstance(sae, TrainingSAE):
-        raise ValueError(
-            "a training SAE: save_inference_model(path), then SAE.load_from_disk(path)"
-        )
-    sae_class, config_class = get_sae_class(sae.cfg.architecture().removeprefix("route_"))
-    names = {field.name for field in fields(config_class) if field.init}
-    config = config_class(**{name: copy.deepcopy(getattr(sae.cfg, name)) for name in names})
-    plain = sae_class(config)
-    weights = {k: v.clone() for k, v in sae.state_dict().items() if not k.endswith("_router")}
-    plain.load_state_dict(weights)
-    return plain.to(device=sae.device, dtype=sae.dtype).eval()
-
-
-def sae_dashboard_pages(
-    model: LanguageModel,
-    sae: RoutedSAE,
-    tokens: Int[Tensor, "n pos"],
-    path: str | Path,
-    *,
-    features: Sequence[int] | None = None,
-    n_features: int = N_FEATURES,
-) -> Path:
-    """Write SAEDashboard's feature pages as one self-contained file; gives back its path.
-
-    SAEDashboard runs on a copy of the plain SAE behind the router, so `sae` stays as it is, and
-    encodes what passes through the routed hook. Special tokens are passed over as in our own page.
-    The file needs no network: plotly is in it, and in place of d3 the few of its functions the
-    page calls.
-
-    Args:
-        model: a HookedTransformer `sae` was trained on, with its tokenizer and nothing attached.
-        sae: a RouteSAE for inference.
-        tokens: token ids, one sequence per row, at least 12 tokens long.
-        path: the HTML file, with this suffix in any case; its folder is made if missing.
-        features: which ones; None takes the `n_features` largest maximum activations.
-        n_features: how many to take when `features` is None.
-
-    Raises:
-        ImportError: SAEDashboard is not installed.
-        ValueError: sequences too short, features the SAE does not have or none that is active, or
-            a model without an unembedding.
-    """
-    save_page = _import_sae_dashboard().save_feature_centric_vis
-    data = sae_dashboard_data(model, sae, tokens, features=features, n_features=n_features)
-    path = Path(path).with_suffix(".html")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # the first feature is the strongest: a page that opens on a dead one stays blank
-    save_page(data, path, feature_idx=next(iter(data.feature_data_dict)))
-    path.write_text(_self_contained(path.read_text()), encoding="utf-8")
-    return path
-
-
-def sae_dashboard_data(
-    model: LanguageModel,
-    sae: RoutedSAE,
-    tokens: Int[Tensor, "n pos"],
-    *,
-    features: Sequence[int] | None = None,
-    n_features: int = N_FEATURES,
-) -> Any:
-    """SAEDashboard's `SaeVisData` of a RouteSAE; arguments as in `sae_dashboard_pages`.
-
-    Features that are never active on these tokens are left out; the strongest comes first.
-    """
-    dashboard = _import_sae_dashboard()
-    tokenizer = _tokenizer(model)
-    if tokens.shape[1] < _MIN_SEQUENCE:
-        raise ValueError(
-            f"sequences of {tokens.shape[1]} tokens: SAEDashboard needs at least {_MIN_SEQUENCE}"
-        )
-    if not hasattr(model, "W_U"):
-        raise ValueError(
-            f"a {type(model).__name__} has no W_U, which SAEDashboard reads the logits from: load "
-            "the model with model_class_name='HookedTransformer'"
-        )
-    _check_features(features, sae.cfg.d_sae)
-    passed_over = _passed_over(sae, tokenizer)
-    seen = _collect(model, sae, _batches(tokens, 0), passed_over, features)
-    chosen = _strongest(seen, n_features if features is None else len(features))
-    encoder = plain_sae(sae)
-    # SAEDashboard folds the decoder norm into the encoder, which SAELens's TopK refuses and which
-    # would rescale the activations of others: they are shown as `sae.encode` gives them
-    encoder.fold_W_dec_norm = lambda: None  # type: ignore[method-assign]
-    with attach(model, sae) as hook:
-        config = dashboard.SaeVisConfig(
-            hook_point=hook.name,
-            features=chosen,
-            device=str(sae.device),
-            ignore_tokens=set(passed_over.tolist()),
-        )
-        return dashboard.SaeVisRunner(config).run(encoder=encoder, model=model, tokens=tokens)
-
-
-_MIN_SEQUENCE = 12
-"""SAEDashboard shows 5 tokens on either side of the activated one, and never less."""
-
-
-class _SaeDashboard(NamedTuple):
-    SaeVisConfig: Any
-    SaeVisRunner: Any
-    save_feature_centric_vis: Any
-
-
-def _import_sae_dashboard() -> _SaeDashboard:
-    try:
-        from sae_dashboard.data_writing_fns import (  # type: ignore[import-not-found]
-            save_feature_centric_vis,
-        )
-        from sae_dashboard.sae_vis_data import SaeVisConfig  # type: ignore[import-not-found]
-        from sae_dashboard.sae_vis_runner import SaeVisRunner  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise ImportError(
-            f"SAEDashboard cannot be imported ({error}): pip install 'sae-lens-route[dashboard]'"
-        ) from error
-    return _SaeDashboard(SaeVisConfig, SaeVisRunner, save_feature_centric_vis)
-
-
-def _self_contained(page: str) -> str:
-    """SAEDashboard's page with its libraries in it, its encoding named, connections forbidden."""
-    for address, script in (
-        (r"https://d3js\.org/d3\.v6\.min\.js", _D3_SELECTIONS),
-        (r"https://cdn\.plot\.ly/plotly-latest\.min\.js", get_plotlyjs()),
-    ):
-        tag = rf'<script src="{address}"></script>'
-        page, n = re.subn(tag, lambda _, script=script: f"<script>{script}</script>", page)
-        if n != 1:
-            raise RuntimeError(f"SAEDashboard's page has {n} tags {tag!r} where 1 was expected")
-    # a token may be spelled </script>
-    page = re.sub(
-        r"^ *return \{.*\};$", lambda line: line[0].replace("<", "\\u003c"), page, flags=re.M
-    )
-    return (
-        '<!DOCTYPE html>\n<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-        f'img-src data: blob:">\n<title>RouteSAE features</title>\n{page}'
-    )
-
-
-_D3_SELECTIONS = r"""
-// what SAEDashboard's page calls of d3 6: selections, with data joined to empty ones
-const d3 = (() => {
-  const valueOf = (value, node, i, group) =>
-    typeof value === "function" ? value.call(node, node.__data__, i, group) : value;
-  const inherit = (child, parent) => {
-    if (child && "__data__" in parent) child.__data__ = parent.__data__;
-    return child;
-  };
-  class Selection {
-    constructor(groups, parents) { this.groups = groups; this.parents = parents; }
-    each(act) {
-      for (const group of this.groups) {
-        group.forEach((node, i) => { if (node) act.call(node, node.__data__, i, group); });
-      }
-      return this;
-    }
-    set(value, write) {
-      return this.each(function(d, i, group) { write(this, valueOf(value, this, i, group)); });
-    }
-    node() { return this.groups.flat().find(node => node) || null; }
-    empty() { return this.node() === null; }
-    select(selector) {
-      const one = node => node && inherit(node.querySelector(selector), node);
-      return new Selection(this.groups.map(group => group.map(one)), this.parents);
-    }
-    selectAll(selector) {
-      const nodes = this.groups.flat().filter(node => node);
-      return new Selection(nodes.map(node => [...node.querySelectorAll(selector)]), nodes);
-    }
-    append(tag) {
-      const one = node => node && node.appendChild(inherit(document.createElement(tag), node));
-      return new Selection(this.groups.map(group => group.map(one)), this.parents);
-    }
-    remove() { return this.each(function() { this.remove(); }); }
-    attr(name, value) {
-      if (arguments.length < 2) return this.node().getAttribute(name);
-      return this.set(value, (node, v) =>
-        v === null ? node.removeAttribute(name) : node.setAttribute(name, v));
-    }
-    style(name, value) {
-      return this.set(value, (node, v) =>
-        v === null ? node.style.removeProperty(name) : node.style.setProperty(name, v));
-    }
-    property(name, value) {
-      if (arguments.length < 2) return this.node()[name];
-      return this.set(value, (node, v) => { node[name] = v; });
-    }
-    text(value) { return this.set(value, (node, v) => { node.textContent = v ?? ""; }); }
-    html(value) { return this.set(value, (node, v) => { node.innerHTML = v ?? ""; }); }
-    on(type, act) {
-      return this.each(function() {
-        this["on" + type] = event => act.call(this, event, this.__data__);
-      });
-    }
-    data(values) {
-      const parents = this.parents, groups = this.groups;
-      return {enter: () => ({append: tag => new Selection(groups.map((group, i) =>
-        [...valueOf(values, parents[i], i, parents)].slice(group.length).map(datum => {
-          const child = parents[i].appendChild(document.createElement(tag));
-          child.__data__ = datum;
-          return child;
-        })), parents)})};
-    }
-  }
-  const top = [document.documentElement];
-  return {
-    select: what => new Selection(
-      [[typeof what === "string" ? document.querySelector(what) : what]], top),
-    selectAll: selector => new Selection([[...document.querySelectorAll(selector)]], top),
-  };
-})();
-"""
+def page_file(name: str) -> str:
+    """One of the texts that pages are put together from."""
+    return (files("sae_lens_route") / "page" / name).read_text(encoding="utf-8")

@@ -26,7 +26,6 @@ threshold, and N is at least what `min_contexts` and `max_classes` need in order
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -42,22 +41,12 @@ from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch import Tensor
 
 from sae_lens_route.saes import RoutedSAE
+from sae_lens_route.sentences import DecodedSentences, ReferenceSentences, Vocabulary
 
 THRESHOLD_SHARE = 0.331
 """The paper's threshold 15 as a share of sqrt(d_in), the norm of a normalised activation."""
 
 REFERENCE_MAX_CLASSES = 32
-REFERENCE_SENTENCE_ENDS = (".", "!", "?", '"', "<|end_of_text|>")
-REFERENCE_BLANKS = ("<|end_of_text|>", " ", "")
-
-OPEN, CLOSE = "<ACTIVATED>", "</ACTIVATED>"
-
-# how the decoded piece of one token spells a sentence end: a mark and what may close after it, or
-# a blank line; the marks of Chinese and Japanese need no white space after them
-_TERMINAL = re.compile(r"""(?:[.!?…。！？][.!?…"'”’»)\]」』）]*\s*|\n\s*\n\s*)$""")  # noqa: RUF001
-_WIDE_TERMINAL = re.compile(r"[。！？][”’」』）]*$")  # noqa: RUF001
-_CLOSERS = re.compile(r"""["'”’»)\]」』）]+\s*""")  # noqa: RUF001
-
 _MIN_PENDING = 2**17
 _MAX_PENDING_TOKENS = 2**22
 # feature activations encoded at once, so that a large batch and a wide SAE fit in memory
@@ -459,8 +448,8 @@ class ContextCollector:
         self.hook_names = tuple(hook_names)
         self.n_tokens = 0
         self.n_sequences = 0
-        self._vocabulary = _Vocabulary.of(tokenizer)
-        sentences = _ReferenceSentences if options.sentences == "raw_tokens" else _DecodedSentences
+        self._vocabulary = Vocabulary.of(tokenizer)
+        sentences = ReferenceSentences if options.sentences == "raw_tokens" else DecodedSentences
         self._sentences = sentences(tokenizer, self._vocabulary, options.max_length)
         self._layer_counts = np.zeros(d_sae * len(self.hook_names), dtype=np.int64)
         self._max_activation = np.zeros(d_sae, dtype=np.float32)
@@ -863,161 +852,3 @@ def _rank_in_group(group: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
     starts = np.ones(len(group), dtype=bool)
     starts[1:] = group[1:] != group[:-1]
     return index - np.maximum.accumulate(np.where(starts, index, 0))
-
-
-@dataclass(frozen=True)
-class _Vocabulary:
-    """The tokenizer's tokens as arrays over token ids."""
-
-    raw: list[str]
-    """As the tokenizer stores them."""
-    pieces: list[str]
-    """As they read in a text, with the space that SentencePiece drops at the start of one."""
-    special: Bool[np.ndarray, " vocab"]
-    classes: list[str]
-    """Raw tokens stripped and lower-cased, each once, sorted."""
-    class_of: Int[np.ndarray, " vocab"]
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> _Vocabulary:
-        n_ids = max(tokenizer.get_vocab().values()) + 1
-        # ids may have gaps, which give None
-        raw = [token or "" for token in tokenizer.convert_ids_to_tokens(range(n_ids))]
-        names = [token.strip().lower() for token in raw]
-        classes = sorted(set(names))
-        index = {name: i for i, name in enumerate(classes)}
-        special = np.zeros(len(raw), dtype=bool)
-        special[tokenizer.all_special_ids] = True
-        return cls(
-            raw=raw,
-            pieces=[_piece(tokenizer, token) for token in raw],
-            special=special,
-            classes=classes,
-            class_of=np.array([index[name] for name in names], dtype=np.int64),
-        )
-
-    def flags(self, is_so: Any) -> Bool[np.ndarray, " vocab"]:
-        """Of each token id, whether its piece fulfils a condition."""
-        return np.array([bool(is_so(piece)) for piece in self.pieces])
-
-
-def _piece(tokenizer: Any, raw: str) -> str:
-    text = tokenizer.convert_tokens_to_string([raw])
-    return f" {text}" if raw.startswith("▁") and not text.startswith(" ") else text
-
-
-class _Windows(NamedTuple):
-    """Sentence of each token of a batch, flattened: `[batch * pos]`."""
-
-    start: Int[np.ndarray, " tokens"]
-    """Flat index of its first token."""
-    length: Int[np.ndarray, " tokens"]
-    before: Int[np.ndarray, " tokens"]
-    """Tokens of it before this one."""
-
-
-class _DecodedSentences:
-    """Sentences as they read: where they end, how they are cut, how they are written."""
-
-    ties_by_text = False
-
-    def __init__(self, tokenizer: Any, vocabulary: _Vocabulary, max_length: int) -> None:
-        self._tokenizer = tokenizer
-        self._vocabulary = vocabulary
-        self.max_length = max_length
-        self.left, self.right = self.sides(max_length)
-        self.width = self.left + 1 + self.right
-        self.prepare()
-
-    @staticmethod
-    def sides(max_length: int) -> tuple[int, int]:
-        """Tokens kept before and after the activated one, where a sentence is too long."""
-        return max_length // 2, max_length - 1 - max_length // 2
-
-    def prepare(self) -> None:
-        flags = self._vocabulary.flags
-        self._special = self._vocabulary.special
-        self._terminal = flags(_TERMINAL.search)
-        self._closers = flags(_CLOSERS.fullmatch)
-        self._wide = flags(_WIDE_TERMINAL.search)
-        self._starts_in_space = flags(lambda piece: piece[:1].isspace())
-        self._ends_in_space = flags(lambda piece: piece[-1:].isspace())
-
-    def ends(self, ids: Int[np.ndarray, "batch pos"]) -> Bool[np.ndarray, "batch pos"]:
-        """True at the last token of a sentence.
-
-        That is a token which ends in a mark, or only closes quotes and brackets after one, if
-        white space follows. A special token is a sentence of its own.
-        """
-        n_pos = ids.shape[1]
-        special, ends_in_space = self._special[ids], self._ends_in_space[ids]
-        closers = self._closers[ids]
-        closers[:, 1:] &= ~ends_in_space[:, :-1]  # after white space, a quote opens
-        # a run of closers hangs on the last token that is none
-        anchor = np.maximum.accumulate(np.where(closers, 0, np.arange(n_pos)), axis=1)
-        terminal = np.take_along_axis(self._terminal[ids], anchor, axis=1)
-        wide = np.take_along_axis(self._wide[ids], anchor, axis=1)
-        followed = ends_in_space | wide
-        followed[:, :-1] &= ends_in_space[:, :-1] | ~closers[:, 1:]
-        followed[:, :-1] |= self._starts_in_space[ids[:, 1:]]
-        followed[:, -1] = True
-        ends = terminal & followed | special
-        ends[:, :-1] |= special[:, 1:]
-        return ends
-
-    def windows(self, ids: Int[np.ndarray, "batch pos"]) -> _Windows:
-        """Each token's sentence, cut to `left` and `right` tokens where it is too long."""
-        ends = self.ends(ids)
-        n_batch, n_pos = ids.shape
-        at = np.broadcast_to(np.arange(n_pos), ids.shape)
-        after_end = np.zeros(ids.shape, dtype=np.int64)
-        after_end[:, 1:] = np.where(ends, at + 1, 0)[:, :-1]
-        first = np.maximum.accumulate(after_end, axis=1)
-        next_end = np.where(ends, at, n_pos - 1)
-        last = np.minimum.accumulate(next_end[:, ::-1], axis=1)[:, ::-1]
-        long = last - first + 1 > self.max_length
-        first = np.where(long, np.maximum(first, at - self.left), first)
-        last = np.where(long, np.minimum(last, at + self.right), last)
-        row = np.arange(n_batch)[:, None] * n_pos
-        return _Windows((row + first).ravel(), (last - first + 1).ravel(), (at - first).ravel())
-
-    def text(self, ids: list[int], before: int) -> str:
-        """A window as text, the token with `before` others before it marked."""
-        return self.marked(ids, before).strip()
-
-    def marked(self, ids: list[int], before: int) -> str:
-        piece = self._vocabulary.pieces.__getitem__
-        left, right = "".join(map(piece, ids[:before])), "".join(map(piece, ids[before + 1 :]))
-        text = f"{left}{OPEN}{piece(ids[before])}{CLOSE}{right}"  # much faster than the tokenizer
-        if "\ufffd" in text:  # a character cut into several tokens: only the tokenizer joins it
-            raw = [self._vocabulary.raw[i] for i in ids]
-            # the markers as tokens of their own: byte tokens of SentencePiece go by their form
-            raw[before : before + 1] = [OPEN, raw[before], CLOSE]
-            text = self._tokenizer.convert_tokens_to_string(raw)
-        return text
-
-
-class _ReferenceSentences(_DecodedSentences):
-    """The same as the paper's code has it: raw tokens end a sentence, and edges are trimmed."""
-
-    ties_by_text = True
-
-    @staticmethod
-    def sides(max_length: int) -> tuple[int, int]:
-        return max_length // 2, max_length // 2
-
-    def prepare(self) -> None:
-        raw = self._vocabulary.raw
-        self._end = np.array([token in REFERENCE_SENTENCE_ENDS for token in raw])
-        self._blank = [token in REFERENCE_BLANKS for token in raw]
-
-    def ends(self, ids: Int[np.ndarray, "batch pos"]) -> Bool[np.ndarray, "batch pos"]:
-        return self._end[ids]
-
-    def text(self, ids: list[int], before: int) -> str:
-        first, last = 0, len(ids)
-        while first < before and self._blank[ids[first]]:
-            first += 1
-        while last > before + 1 and self._blank[ids[last - 1]]:
-            last -= 1
-        return self.marked(ids[first:last], before - first).strip().strip('"')

@@ -39,7 +39,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from sae_lens_route.features import CLOSE, OPEN, Context, FeatureTable
+from sae_lens_route.features import Context, FeatureTable
+from sae_lens_route.sentences import CLOSE, OPEN
 
 if sys.platform != "win32":
     import fcntl

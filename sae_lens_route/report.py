@@ -124,7 +124,7 @@ def tables(content: Mapping[str, Any]) -> dict[str, str]:
     """Every table of the page, in Markdown, by name."""
     return {
         "settings": _settings_table(content),
-        "routers": _routers_table(content),
+        "routers": routers_table(content),
         "shares": _shares_table(content),
         "methods": _methods_table(content),
         "differences": _differences_table(content),
@@ -206,7 +206,8 @@ def _settings_table(content: Mapping[str, Any]) -> str:
     return _markdown(["setting", "value"], content["settings"].items())
 
 
-def _routers_table(content: Mapping[str, Any]) -> str:
+def routers_table(content: Mapping[str, Any]) -> str:
+    """Routing gain in Markdown, from the rows of `methods` and of `share_matched`."""
     main = _main(content)
     random = {row["name"]: row for row in content["share_matched"]}
     winner = {row["seed"]: row["share"] for row in main[ASSIGNMENT]}

@@ -201,7 +201,7 @@ def reproduce(
     _require_same_settings(what.output, settings)
     entries = _entries(what)
     trained = _sweep(what, model, "methods", entries)
-    twins = _sweep(what, model, "share-matched", _twins(entries, trained.rows))
+    twins = _sweep(what, model, "share-matched", share_matched(entries, trained.rows))
     content = {
         "settings": settings,
         "methods": [row for row in trained.rows if row["label"] not in DIFFERENCES],
@@ -311,10 +311,15 @@ def _sweep(
     return _Stage(result.rows, saes)
 
 
-def _twins(
+def share_matched(
     entries: Mapping[str, SweepEntry], rows: Iterable[Mapping[str, Any]]
 ) -> dict[str, SweepEntry]:
-    """For each router of the main comparison, a random one with its shares and seed."""
+    """For each router of the main comparison, a random one with its shares and seed.
+
+    Args:
+        entries: Of a sweep; routers are told by their label, the comparison by "LABEL seed=N".
+        rows: Its evaluation.
+    """
     twins = {}
     for row in rows:
         entry = entries[row["name"]]

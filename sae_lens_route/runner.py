@@ -13,8 +13,8 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from sae_lens.config import (
     LoggingConfig,
     SAETrainerConfig,
 )
-from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME, SAE_CFG_FILENAME
 from sae_lens.llm_sae_training_runner import (
     InterruptedException,
     LanguageModelSAETrainingRunner,
@@ -40,6 +40,7 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.training.types import DataProvider
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookedRootModule
 from typing_extensions import override
@@ -411,27 +412,44 @@ class RouteSAETrainingRunner(LanguageModelSAETrainingRunner):
         if cfg.output_path is not None:
             Path(cfg.output_path).mkdir(parents=True, exist_ok=True)
         self._start_wandb()
-        provider: DataProvider = self.activations_store
-        if cfg.prefetch_llm_batches:
-            provider = PrefetchingIterator(provider, prefetch=int(cfg.prefetch_llm_batches))
-        try:
-            trainer = self._trainer(provider)
+        with closing(self._stream()) as batches:
+            trainer = self._trainer(batches)
             if cfg.resume_from_checkpoint is not None:
                 trainer.load_trainer_state(cfg.resume_from_checkpoint)
                 self.sae.load_weights_from_checkpoint(cfg.resume_from_checkpoint)
                 self.activations_store.load_from_checkpoint(cfg.resume_from_checkpoint)
             self._compile_sae_if_needed()
             sae = self.run_trainer_with_interruption_handling(trainer)
-            if sae.cfg.decoder_norm_interval > 0:
-                sae.normalize_decoder()
-            if cfg.output_path is not None:
-                self.save_final_sae(sae, cfg.output_path, trainer.log_feature_sparsity)
-            if cfg.logger.log_to_wandb:
-                wandb.finish()
-            return sae
+        if sae.cfg.decoder_norm_interval > 0:
+            sae.normalize_decoder()
+        if cfg.output_path is not None:
+            self.save_final_sae(sae, cfg.output_path, trainer.log_feature_sparsity)
+        if cfg.logger.log_to_wandb:
+            wandb.finish()
+        return sae
+
+    def _stream(self) -> Generator[Tensor, None, None]:
+        """Every batch, read ahead if that is asked for.
+
+        Remembers the place in the text that the last batch ended at, for `save_checkpoint`: the
+        store itself may have read on.
+        """
+        store = self.activations_store
+        stream = ((batch, store.state_dict()) for batch in store)
+        if self.cfg.prefetch_llm_batches:
+            stream = PrefetchingIterator(stream, prefetch=int(self.cfg.prefetch_llm_batches))
+        try:
+            for batch, self._place in stream:
+                yield batch
         finally:
-            if isinstance(provider, PrefetchingIterator):
-                provider.close()
+            stream.close()
+
+    @override
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+        """What SAELens's trainers do not save: the configuration and the place in the text."""
+        super().save_checkpoint(checkpoint_path)
+        if checkpoint_path is not None:
+            save_file(self._place, checkpoint_path / ACTIVATIONS_STORE_STATE_FILENAME)
 
     def _start_wandb(self) -> None:
         cfg = self.cfg

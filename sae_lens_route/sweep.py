@@ -34,9 +34,7 @@ from sae_lens.llm_sae_training_runner import InterruptedException
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig, TrainStepOutput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
-from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.util import str_to_dtype
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookedRootModule
@@ -298,30 +296,19 @@ class SweepRunner(RouteSAETrainingRunner):
         return finished
 
     def _batches(self) -> Generator[dict[str, Tensor], None, None]:
-        """Every batch as each kind of reader takes it, made once however many read it.
-
-        Remembers the place in the text that the last batch ended at: prefetching reads on.
-        """
-        store = self.activations_store
+        """Every batch as each kind of reader takes it, made once however many read it."""
         sources = {source.key: source for source in self._sources.values()}
-        stream = ((batch, store.state_dict()) for batch in store)
-        if self.cfg.prefetch_llm_batches:
-            stream = PrefetchingIterator(stream, prefetch=int(self.cfg.prefetch_llm_batches))
-        try:
-            for batch, self._place in stream:
+        with closing(self._stream()) as stream:
+            for batch in stream:
                 yield {key: source.view(batch) for key, source in sources.items()}
-        finally:
-            stream.close()
 
     @override
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
-        """What SAELens's trainers do not save: the place in the text, and uniform draws."""
-        if checkpoint_path is None:
-            return
-        for name, sae in self.saes.items():
-            save_uniform_draw(sae, checkpoint_path / name)
+        """Also what SAELens's trainer of many does not save: uniform draws."""
+        if checkpoint_path is not None:
+            for name, sae in self.saes.items():
+                save_uniform_draw(sae, checkpoint_path / name)
         super().save_checkpoint(checkpoint_path)
-        save_file(self._place, checkpoint_path / ACTIVATIONS_STORE_STATE_FILENAME)
 
     def _finish(self, name: str, trainer: _SweepTrainer) -> SAE[Any]:
         """The trained SAE for inference, saved if there is an `output_path`."""

@@ -601,6 +601,25 @@ def test_what_each_objective_trains(architecture, aggregation, objective):
         assert not torch.equal(sae.state_dict()[name], before[name]), name
 
 
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "gated"])
+def test_without_latent_bias(architecture):
+    """As in Equation 10: b_enc stays at its 0, everything else is trained."""
+    torch.manual_seed(0)
+    sae = ARCHITECTURES[architecture][0](
+        training_config(architecture, d_in=24, d_sae=48, n_routed_layers=3, latent_bias=False)
+    )
+    before = {name: value.clone() for name, value in sae.state_dict().items()}
+    train(sae, structured_streams(8 * 64, seed=0).split(64))
+    assert not sae.b_enc.any()
+    for name in ("W_router", "W_enc", "W_dec", "b_dec"):
+        assert not torch.equal(sae.state_dict()[name], before[name]), name
+
+
+def test_gated_has_no_latent_bias_to_hold():
+    with pytest.raises(ValueError, match="latent_bias=False: route_gated has no b_enc"):
+        training_config("gated", d_in=8, d_sae=16, latent_bias=False)
+
+
 @pytest.mark.parametrize("architecture", ["topk", "standard"])
 @pytest.mark.parametrize(
     ("changes", "message"),

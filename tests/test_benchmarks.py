@@ -11,6 +11,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ARGUMENTS = {
     "contexts.py": ["--tiny"],
     "routing_collapse.py": ["--training-tokens", 4096, "--eval-tokens", 512, "--seeds", 1],
+    "routing_gain.py": ["--training-tokens", 4096, "--eval-tokens", 512, "--seeds", 2],
     "splice.py": ["--tiny"],
     "sweep.py": ["--shape", "tiny", "--steps", 2, "--rounds", 1, "--work", "{tmp}"],
     "topk_at_block_11.py": ["--training-tokens", 8192, "--eval-tokens", 512, "--seeds", 1],

@@ -25,14 +25,13 @@ from sae_lens_route.dashboards import (
     VIOLIN_POINTS,
     dashboard_data,
     dashboard_html,
-    plain_sae,
     route_heatmap,
-    sae_dashboard_data,
     write_dashboard,
 )
 from sae_lens_route.features import ActivationBatch, find_contexts
 from sae_lens_route.interpret import Answer
 from sae_lens_route.models import has_transformer_bridge, load_model, residual_hook_names
+from sae_lens_route.sae_dashboard import plain_sae, sae_dashboard_data
 
 BLOCKS = [3, 5, 6, 9, 11]
 HOSTILE = "</script><script>document.title='broken'</script><b>&amp;"

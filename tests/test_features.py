@@ -262,7 +262,7 @@ def context_options(draw):
     )
 
 
-def collect(stream, options, sizes, min_pending=2**17):
+def collect(stream, options, sizes, min_pending=2**17, threshold=None):
     """The table after adding the stream in batches of these sizes, cyclically."""
     d_sae = stream[1].shape[-1]
     with patch.object(features, "_MIN_PENDING", min_pending):
@@ -272,7 +272,7 @@ def collect(stream, options, sizes, min_pending=2**17):
             size = sizes[turn % len(sizes)]
             collector.add(*(part[done : done + size] for part in stream))
             done, turn = done + size, turn + 1
-        return collector.table()
+        return collector.table(threshold)
 
 
 @settings(max_examples=150, deadline=None)
@@ -374,9 +374,12 @@ def test_one_pass_for_several_thresholds_equals_separate_passes(max_classes):
             random_stream(), replace(options, threshold=count.threshold, thresholds=()), [7], 50
         )
         assert alone.run.counts == (count,)
+        of_all = collect(random_stream(), options, [7], 50, threshold=count.threshold)
+        assert of_all.contexts.equals(alone.contexts)
+        assert of_all.features.equals(alone.features)
+        assert of_all.run.options.threshold == count.threshold
         if count.threshold == options.threshold:
-            assert together.contexts.equals(alone.contexts)
-            assert together.features.equals(alone.features)
+            assert of_all.contexts.equals(together.contexts)
 
 
 def test_table_stays_within_its_bound():
@@ -572,3 +575,5 @@ def test_errors(model_and_sae):
         find_contexts(sae, [], TOKENIZER)
     with pytest.raises(IndexError):
         collector.table().profile(1)
+    with pytest.raises(ValueError, match=r"threshold=3.0: contexts were collected at 0\.66"):
+        collector.table(3.0)

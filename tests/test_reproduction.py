@@ -13,8 +13,13 @@ from small import small_config
 
 from sae_lens_route.report import (
     ASSIGNMENT,
+    ATTENTION,
+    DIFFERENCES,
+    MEAN,
+    PLAIN_MSE,
     ROUTE,
     ROUTERS,
+    SHOWN,
     at_shares,
     fill_tables,
     interval,
@@ -103,7 +108,11 @@ def test_a_reproduction_has_everything(run: tuple[Reproduction, dict[str, Any]])
         assert twin["routing"] == "uniform"
         assert twin["mean_probs"] == pytest.approx(own, abs=1e-6)
     written = {path.name for path in what.output.iterdir()}
-    assert {"reproduction.json", "tradeoff_kl.html", "routing_shares.svg"} <= written
+    figures = {"tradeoff_kl", "tradeoff_norm_mse", "features_by_sparsity", "scores_by_sparsity"}
+    figures |= {"route_features_by_threshold", "route_scores_by_threshold", "routing_shares"}
+    figures |= {"features_by_threshold", "routing_shares_training", "features_by_layer"}
+    made = {f"{name}{suffix}" for name in figures for suffix in (".html", ".svg")}
+    assert {"reproduction.json", *made} <= written
     assert json.loads((what.output / "reproduction.json").read_text())["methods"]
     for name, table in tables(content).items():
         assert table.count("\n") >= 1, name
@@ -117,6 +126,45 @@ def test_the_routers_table_says_what_the_rows_do(
     mean = np.mean([row["norm_mse"] for row in own])
     line = next(x for x in tables(content)["routers"].splitlines() if x.startswith(f"| {ROUTE} |"))
     assert f"{mean:.3f}" in line
+
+
+def test_every_method_of_the_figures_is_there_at_every_sparsity(
+    run: tuple[Reproduction, dict[str, Any]],
+) -> None:
+    what, content = run
+    table = tables(content)["sparsity"]
+    for label in SHOWN:
+        for k in (what.k, *what.other_ks):
+            assert f"| {label} | {k} |" in table, (label, k)
+    # the lower threshold lets more features through, whichever method it is
+    for row in content["features"]["methods"]:
+        assert row["n_features"] == sorted(row["n_features"], reverse=True), row["name"]
+        at = row["thresholds"].index(max(t for t in row["thresholds"] if t <= 0.2 * 8 + 1e-9))
+        assert row["more_than_4_contexts"] <= row["n_features"][at]
+
+
+def test_shares_while_training_are_the_logs_mean(
+    run: tuple[Reproduction, dict[str, Any]],
+) -> None:
+    what, content = run
+    lines = (what.output / "methods" / "train_log.jsonl").read_text().splitlines()
+    for row in content["training_shares"]:
+        name = f"{row['label']} seed={row['seed']}"
+        logged = [json.loads(line) for line in lines if json.loads(line)["name"] == name]
+        shares = [[r[f"route_share/{i}"] for i in range(len(row["share"]))] for r in logged]
+        assert row["share"] == pytest.approx(np.mean(shares, axis=0), abs=1e-6)
+        assert sum(row["share"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_differences_change_one_thing(run: tuple[Reproduction, dict[str, Any]]) -> None:
+    what, content = run
+    assert {row["label"] for row in content["differences"]} == set(DIFFERENCES)
+    assert len(content["differences"]) == len(DIFFERENCES) * len(what.seeds)
+    assert not {row["label"] for row in content["methods"]} & set(DIFFERENCES)
+    lines = tables(content)["differences"].splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
+        ROUTE, PLAIN_MSE, MEAN, ATTENTION, *DIFFERENCES
+    ]  # fmt: skip
 
 
 def test_what_is_there_is_not_made_again(run: tuple[Reproduction, dict[str, Any]]) -> None:

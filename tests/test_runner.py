@@ -133,15 +133,16 @@ def test_reference_checkpoint_loads_through_the_converter(tmp_path):
         SAE.load_from_disk(tmp_path / "other.pt", converter=reference_converter(k=4))
 
 
+@pytest.mark.parametrize("prefetch", [False, 2])
 @pytest.mark.parametrize("routing", ["hard", "uniform"])
-def test_resuming_from_a_checkpoint_is_exact(tmp_path, routing):
-    """With uniform routing too, which goes on drawing layers where it stopped."""
-    sae = {"routing": routing}
-    whole = RouteSAETrainingRunner(small_config(tmp_path / "a", n_checkpoints=2, sae=sae)).run()
+def test_resuming_from_a_checkpoint_is_exact(tmp_path, routing, prefetch):
+    """Uniform routing too, which goes on drawing layers where it stopped, and reading ahead."""
+    options = {"sae": {"routing": routing}, "prefetch_llm_batches": prefetch}
+    whole = RouteSAETrainingRunner(small_config(tmp_path / "a", n_checkpoints=2, **options)).run()
     checkpoints = sorted((tmp_path / "a" / "checkpoints").glob("*/*"), key=lambda p: int(p.name))
     assert len(checkpoints) == 2
     rest = RouteSAETrainingRunner(
-        small_config(tmp_path / "b", resume_from_checkpoint=str(checkpoints[0]), sae=sae)
+        small_config(tmp_path / "b", resume_from_checkpoint=str(checkpoints[0]), **options)
     ).run()
     assert_same_weights(whole, rest)
 

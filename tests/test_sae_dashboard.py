@@ -10,8 +10,8 @@ from small import TINYLLAMA, tokens_dataset
 from test_architectures import every_architecture, make_trained, tinyllama  # noqa: F401
 from test_dashboards import Page, in_browser, open_page, routed_sae
 
-from sae_lens_route.dashboards import sae_dashboard_data, sae_dashboard_pages
 from sae_lens_route.models import load_model
+from sae_lens_route.sae_dashboard import sae_dashboard_data, sae_dashboard_pages
 
 pytest.importorskip(
     "sae_dashboard",
