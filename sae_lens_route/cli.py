@@ -764,9 +764,9 @@ def reproduce(
             base_url=base_url,
         )
         content = reproduce(what, page=page)
-        typer.echo(
-            f"{len(content['methods'])} dictionaries in {content['seconds'] / 60:.0f} minutes"
-        )
+        stages = ("methods", "differences", "share_matched")
+        n_trained = sum(len(content[stage]) for stage in stages)
+        typer.echo(f"{n_trained} dictionaries in {content['seconds'] / 60:.0f} minutes")
         typer.echo(f"wrote {output}" + ("" if page is None else f" and the tables of {page}"))
 
 

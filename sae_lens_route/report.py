@@ -137,6 +137,7 @@ def tables(content: Mapping[str, Any]) -> dict[str, str]:
         "unscaled": _unscaled_table(content),
         "paper": _paper_table(content),
         "feature-layers": _feature_layers_table(content),
+        "depth": _depth_table(content),
     }
 
 
@@ -431,6 +432,25 @@ def _feature_layers_table(content: Mapping[str, Any]) -> str:
     ]
     header = ["kind", "feature", "token classes", "mean block", "share per block, %", "contexts"]
     return _markdown(header, rows)
+
+
+def _depth_table(content: Mapping[str, Any]) -> str:
+    """Whether features of many token classes live deeper than those of few."""
+    by_layer = content["features"]["by_layer"]
+    first = content["settings"]["routed_blocks"][0]
+    pairs = sorted(zip(by_layer["n_classes"], by_layer["mean_layer"], strict=True))
+    header = ["features", "rank correlation of classes and block", "p"]
+    header += ["median block, quarter with the fewest classes", "with the most", "p, one-sided"]
+    if len(pairs) < 8:
+        return _markdown(header, [[len(pairs), *["-"] * 5]])
+    blocks = [first + layer for _, layer in pairs]
+    quarter = len(pairs) // 4
+    few, many = blocks[:quarter], blocks[-quarter:]
+    correlation: Any = stats.spearmanr([n for n, _ in pairs], blocks)
+    deeper: Any = stats.mannwhitneyu(many, few, alternative="greater")
+    cells = [f"{correlation.statistic:.2f}", f"{correlation.pvalue:.2g}"]
+    cells += [f"{statistics.median(part):.1f}" for part in (few, many)]
+    return _markdown(header, [[len(pairs), *cells, f"{deeper.pvalue:.2g}"]])
 
 
 def _cell(text: str, width: int = 90) -> str:

@@ -84,7 +84,7 @@ from sae_lens_route.sparse_topk import SparseTopKTrainingConfig, SparseTopKTrain
 LossName = Literal["normalized_mse", "mse"]
 RouterObjective = Literal["reconstruction", "assignment", "frozen"]
 
-ASSIGNMENT_TEMPERATURE = 0.3
+ASSIGNMENT_TEMPERATURE = 0.2
 """Of the assignment that the router learns, in units of the mean error."""
 COMPARED = 4
 """One token in this many is encoded at every layer, for the router to learn from."""
