@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import plotly.graph_objects as go
+from matplotlib import rc_context
 from matplotlib.figure import Figure as StaticFigure
 from plotly.colors import qualitative
 
@@ -191,7 +192,8 @@ def write_figure(figure: go.Figure, path: str | Path) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     html, svg = stem.with_suffix(".html"), stem.with_suffix(".svg")
     figure.write_html(html, include_plotlyjs=True, full_html=True)
-    _static(figure).savefig(svg, bbox_inches="tight")
+    with rc_context({"svg.hashsalt": stem.name}):  # the same figure gives the same file
+        _static(figure).savefig(svg, bbox_inches="tight", metadata={"Date": None})
     return [html, svg]
 
 
@@ -226,7 +228,7 @@ def _static(figure: go.Figure) -> StaticFigure:
     axes.set_xlabel(layout.xaxis.title.text or "")
     axes.set_ylabel(layout.yaxis.title.text or "")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the lines
     return static
 
 
