@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
-from sae_lens.util import str_to_dtype
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -41,21 +40,14 @@ class SparseTopKTrainingConfig(TopKTrainingSAEConfig):
 
     Args:
         use_sparse_activations: hand the k active features from encoder to decoder as a sparse COO
-            tensor. None means where it is faster: on the CPU, without autocast, in float32 or
-            float64.
+            tensor. None means where it is faster: on the CPU, in float32 or float64, without
+            autocast. The SAE decides when it runs, as the runner may move it to another device.
     """
 
     k: int = 64
     aux_loss_coefficient: float = 0.0
     rescale_acts_by_decoder_norm: bool = False
     use_sparse_activations: bool | None = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.use_sparse_activations is None:
-            on_cpu = torch.device(self.device).type == "cpu"
-            exact = str_to_dtype(self.dtype) in _DTYPES
-            self.use_sparse_activations = on_cpu and exact and not self.rescale_acts_by_decoder_norm
 
 
 class SparseTopKTrainingSAE(TopKTrainingSAE):
@@ -73,7 +65,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
     def encode_with_hidden_pre(
         self, x: Float[Tensor, "... d_in"]
     ) -> tuple[Float[Tensor, "... d_sae"], Float[Tensor, "... d_sae"]]:
-        """Feature activations, sparse COO if `use_sparse_activations`, and pre-activations."""
+        """Feature activations, sparse COO where the products are, and pre-activations."""
         hook = self.hook_sae_acts_pre
         hooked = len(hook._forward_hooks) > 0 or len(hook._backward_hooks) > 0
         if hooked or not self._products_are_ours(x):
@@ -98,7 +90,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
 
     def _products_are_ours(self, x: Tensor) -> bool:
         return (
-            bool(self.cfg.use_sparse_activations)
+            self.cfg.use_sparse_activations is not False
             and not self.cfg.rescale_acts_by_decoder_norm
             and x.ndim == 2
             and x.device.type == "cpu"

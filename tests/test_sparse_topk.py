@@ -116,7 +116,6 @@ def test_gradients_against_finite_differences():
 def test_the_features_are_those_of_the_saved_sae(tmp_path):
     """Bit for bit, in float32: selection decides by the last bit."""
     sae = make(None, dtype="float32")
-    assert sae.cfg.use_sparse_activations
     x = torch.randn(500, D, generator=torch.Generator().manual_seed(4))
     sparse, _ = sae.encode_with_hidden_pre(x)
     assert sparse.is_sparse
@@ -131,15 +130,23 @@ def test_the_features_are_those_of_the_saved_sae(tmp_path):
         ({}, True),
         ({"dtype": "float32"}, True),
         ({"dtype": "bfloat16"}, False),
-        ({"device": "cuda"}, False),
         ({"rescale_acts_by_decoder_norm": True}, False),
-        ({"use_sparse_activations": False}, False),
-        ({"use_sparse_activations": True, "device": "cuda"}, True),
+        ({"sparse": False}, False),
+        ({"sparse": True}, True),
     ],
 )
 def test_what_is_sparse_unless_it_is_said(options, expected):
-    values = {"d_in": D, "d_sae": D_SAE, "k": K, "dtype": "float64", **options}
-    assert RouteTopKTrainingSAEConfig(**values).use_sparse_activations is expected
+    sae = make(**{"sparse": None, **options})
+    acts, _ = sae.encode_with_hidden_pre(streams(sae.dtype)[:, 0])
+    assert acts.is_sparse is expected
+
+
+def test_the_device_it_runs_on_decides():
+    """A runner moves the SAE to its own device, whatever the configuration was made with."""
+    sae = make(None)
+    assert sae.cfg.use_sparse_activations is None
+    assert sae._products_are_ours(streams()[:, 0])
+    assert not sae._products_are_ours(torch.empty(4, D, dtype=torch.float64, device="meta"))
 
 
 def test_where_saelens_takes_over():
