@@ -464,9 +464,8 @@ def _feature_row(
     profiles = [table.profile(feature) for feature in table.interpretable]
     scored = {table.run.options.threshold: _offline_score(table)}
     if row["label"] == ROUTE and row["seed"] == what.seeds[0]:  # Figure 5 b
-        scored |= {
-            count.threshold: _offline_score(collector.table(count.threshold)) for count in counts
-        }
+        others = {count.threshold for count in counts} - set(scored)
+        scored |= {threshold: _offline_score(collector.table(threshold)) for threshold in others}
     return {
         "name": row["name"],
         "label": row["label"],

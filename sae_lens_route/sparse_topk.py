@@ -191,13 +191,11 @@ def _has_equal_rows(feature_acts: Tensor) -> bool:
 
 def _at(grad: Tensor, features: Int[Tensor, "tokens k"]) -> Float[Tensor, "tokens k"]:
     """The gradient at each token's features, be it dense or sparse."""
-    if grad.is_sparse:
-        if grad._nnz() == features.numel():
-            listed = grad._indices()[1].view_as(features)
-            if listed.data_ptr() == features.data_ptr() or bool((listed == features).all()):
-                return grad._values().view_as(features)
-        grad = grad.to_dense()
-    return grad.gather(-1, features)
+    if not grad.is_sparse:
+        return grad.gather(-1, features)
+    if torch.equal(grad._indices()[1], features.flatten()):  # as `_Decode` gives it
+        return grad._values().view_as(features)
+    return grad.to_dense().gather(-1, features)
 
 
 def _rows_by_token(
