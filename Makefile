@@ -11,7 +11,7 @@ DASHBOARD_STAMP := $(DASHBOARD)/installed
 DASHBOARD_PIP := $(DASHBOARD)/bin/python -m pip install --quiet --disable-pip-version-check
 DASHBOARD_PIP += -c constraints/dashboard.txt
 
-.PHONY: install demo reproduce test test-dashboard check docs clean
+.PHONY: install demo reproduce test test-dashboard mutants check docs clean
 
 install: $(STAMP)
 
@@ -34,9 +34,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 test-dashboard: $(DASHBOARD_STAMP)
-	$(DASHBOARD)/bin/python -m pytest tests/test_sae_dashboard.py tests/test_dashboards.py \
-	  tests/test_models.py tests/test_golden.py tests/test_splice.py tests/test_splice_tools.py \
-	  tests/test_architectures.py tests/test_baselines.py
+	$(DASHBOARD)/bin/python -m pytest tests/dashboards tests/models tests/splice tests/saes
 
 $(DASHBOARD_STAMP): pyproject.toml constraints/dashboard.txt
 	test -x $(DASHBOARD)/bin/python || $(PYTHON) -m venv $(DASHBOARD)
@@ -45,6 +43,10 @@ $(DASHBOARD_STAMP): pyproject.toml constraints/dashboard.txt
 	  pytest pytest-timeout hypothesis
 	$(DASHBOARD_PIP) --no-deps sae-dashboard==0.8.0
 	touch $(DASHBOARD_STAMP)
+
+# plants bugs and sees whether the tests notice; rewrites benchmarks/results/reliability/mutants.json
+mutants: $(STAMP)
+	$(BIN)/python benchmarks/reliability/mutants.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

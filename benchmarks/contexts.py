@@ -1,11 +1,12 @@
-"""Speed of `sae_lens_route.features`, as ratios of things timed in turn in one process.
+"""Speed of `sae_lens_route.features`, as ratios of times measured in turn in one process.
 
 1. Table: tokens/s of `ContextCollector.add` over a stream of feature activations, table read out at
-   the end, against two per-activation loops over `torch.nonzero`, on the same activations:
-   "loop" cuts the sentence and writes the text of each activation before it meets its heap, as the
-   paper's code does; "lean loop" only pushes numbers, and writes no text at all.
-2. Model: forward pass + routing + encoding + contexts against the forward pass alone, stopped after
-   the last routed block (the cheapest pass that gives the activations) and run to the logits.
+   the end, compared with two loops over the single activations, on the same activations: "loop"
+   cuts the sentence and writes the text of each activation before pushing it on a heap, as the
+   paper's code does; "lean loop" pushes numbers only and writes no text.
+2. Model: forward pass, routing, encoding and contexts, compared with the forward pass alone,
+   stopped after the last routed block (the cheapest pass that yields the activations) and run to
+   the logits.
 
 The model, the SAE and the vocabulary are random; tokens follow Zipf's law.
 
@@ -35,13 +36,11 @@ from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
-from sae_lens_route import RouteTopKSAE, RouteTopKSAEConfig
-from sae_lens_route.features import (
-    ContextCollector,
-    ContextOptions,
-    model_batches,
-)
-from sae_lens_route.sentences import CLOSE, OPEN, REFERENCE_SENTENCE_ENDS
+from sae_lens_route.data.reading import activation_batches
+from sae_lens_route.features.contexts import ContextCollector
+from sae_lens_route.features.sentences import CLOSE, OPEN, REFERENCE_SENTENCE_ENDS
+from sae_lens_route.features.table import ContextOptions
+from sae_lens_route.saes import RouteTopKSAE, RouteTopKSAEConfig
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,12 @@ class Shape:
     """Of tokens x features, how many exceed the threshold."""
 
     @property
+    def routed_blocks(self) -> list[int]:
+        return list(range(self.first, self.last + 1))
+
+    @property
     def hook_names(self) -> list[str]:
-        return [f"blocks.{i}.hook_resid_post" for i in range(self.first, self.last + 1)]
+        return [f"blocks.{block}.hook_resid_post" for block in self.routed_blocks]
 
 
 TINY = Shape(4, 32, 128, 64, 8, 2, 32, 1, 2, 0.05)
@@ -104,7 +107,7 @@ def make_sae(shape: Shape) -> RouteTopKSAE:
 
 
 def make_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
-    """BOS, the sentence ends, and words of three spellings, so that classes hold several tokens."""
+    """BOS, sentence ends, and words in three spellings, so that a class has several tokens."""
     raw = ["<|end_of_text|>", "Ġthe", ".", ",", "!", "?", '"']
     raw += [(f"Ġw{i}", f"ĠW{i}", f"w{i}")[j] for i in range(shape.d_vocab) for j in range(3)][
         : shape.d_vocab - len(raw)
@@ -112,6 +115,13 @@ def make_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(WordLevel({token: i for i, token in enumerate(raw)}, unk_token=raw[0]))
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=raw[0])
+
+
+def make_collector(shape: Shape, tokenizer: Any, threshold: float) -> ContextCollector:
+    options = ContextOptions(threshold=threshold)
+    return ContextCollector(
+        shape.d_model, shape.d_sae, shape.routed_blocks, shape.hook_names, tokenizer, options
+    )
 
 
 def draw_tokens(shape: Shape, generator: torch.Generator) -> Tensor:
@@ -127,12 +137,12 @@ class Encoded:
 
     tokens: Tensor
     acts: Tensor
-    layer: Tensor
+    route: Tensor
     weight: Tensor
 
 
 class Stream:
-    """Feature activations that hang on the token and its surroundings, without a model."""
+    """Feature activations that depend on the token and on noise, without a model."""
 
     def __init__(self, shape: Shape, sae: RouteTopKSAE) -> None:
         self.shape, self.sae = shape, sae
@@ -146,7 +156,7 @@ class Stream:
         x = self.embedding[tokens].unsqueeze(2) + torch.randn(size, generator=self.generator)
         routing = self.sae.route(x)
         acts = self.sae.encode(routing.x_route)
-        return Encoded(tokens, acts, routing.layer, routing.weight)
+        return Encoded(tokens, acts, routing.route, routing.weight)
 
 
 def loop(
@@ -176,7 +186,7 @@ def loop(
 
 
 def lean_loop(batch: Encoded, classes: list[str], threshold: float, heaps: Any) -> None:
-    """The least a loop can do: read every activation as a number and keep the two strongest."""
+    """A loop's minimum: read every activation as a number and keep the two strongest."""
     at = (batch.acts > threshold).nonzero()
     values = batch.acts[at[:, 0], at[:, 1], at[:, 2]].tolist()
     tokens = batch.tokens.tolist()
@@ -189,7 +199,7 @@ def lean_loop(batch: Encoded, classes: list[str], threshold: float, heaps: Any) 
 
 
 class Clock:
-    """Wall and processor seconds of each call; the latter forgives a busy machine."""
+    """Wall and processor seconds of each call; a busy machine disturbs the latter less."""
 
     def __init__(self) -> None:
         self.wall: list[float] = []
@@ -211,8 +221,8 @@ class Clock:
 def table_benchmark(shape: Shape, n_tokens: int, n_looped: int) -> dict[str, Any]:
     """Rates over the whole stream for the table, over `n_looped` batches spread over it for loops.
 
-    A loop's time per activation does not depend on where in the stream it is measured, the
-    table's falls as it fills: so the table is charged for every batch and for the read-out.
+    A loop's time per activation does not depend on where in the stream it is measured, while the
+    table's falls as it fills: therefore the table's time includes every batch and the read-out.
     """
     sae, tokenizer = make_sae(shape), make_tokenizer(shape)
     stream = Stream(shape, sae)
@@ -222,13 +232,7 @@ def table_benchmark(shape: Shape, n_tokens: int, n_looped: int) -> dict[str, Any
     active = warm.acts[warm.acts > 0]
     share = min(shape.share * warm.acts.numel() / len(active), 1.0)
     threshold = float(active.float().quantile(1 - share))
-    collector = ContextCollector(
-        shape.d_model,
-        shape.d_sae,
-        shape.hook_names,
-        tokenizer,
-        ContextOptions(threshold=threshold),
-    )
+    collector = make_collector(shape, tokenizer, threshold)
     classes = [
         t.strip().lower() for t in tokenizer.convert_ids_to_tokens(list(range(shape.d_vocab)))
     ]
@@ -241,7 +245,8 @@ def table_benchmark(shape: Shape, n_tokens: int, n_looped: int) -> dict[str, Any
         batch = stream.batch()
         above = int((batch.acts > threshold).sum())
         n_above += above
-        add.time(collector.add, batch.tokens, batch.acts, batch.layer, batch.weight)
+        kept = torch.ones_like(batch.tokens, dtype=torch.bool)
+        add.time(collector.add, batch.tokens, batch.acts, batch.route, batch.weight, kept)
         if i in loop_at:
             looped_above += above
             full.time(loop, batch, tokenizer, threshold, heaps)
@@ -281,21 +286,19 @@ def model_benchmark(shape: Shape, rounds: int) -> dict[str, Any]:
     model, sae, tokenizer = make_model(shape), make_sae(shape), make_tokenizer(shape)
     generator = torch.Generator().manual_seed(2)
     warm = draw_tokens(shape, generator)
-    (batch,) = model_batches(model, sae, [warm])
+    (batch,) = activation_batches(model, sae, warm, batch_size=shape.batch)
     with torch.no_grad():
         acts = sae.encode_layers(batch.activations)
     active = acts[acts > 0]
     share = min(shape.share * acts.numel() / len(active), 1.0)
     threshold = float(active.quantile(1 - share))
-    collector = ContextCollector(
-        shape.d_model, shape.d_sae, shape.hook_names, tokenizer, ContextOptions(threshold=threshold)
-    )
+    collector = make_collector(shape, tokenizer, threshold)
 
     def contexts(tokens: Tensor) -> None:
-        for batch in model_batches(model, sae, [tokens]):
+        for batch in activation_batches(model, sae, tokens, batch_size=shape.batch):
             routing = sae.route(batch.activations)
             acts = sae.encode(routing.x_route)
-            collector.add(batch.tokens, acts, routing.layer, routing.weight)
+            collector.add(batch.tokens, acts, routing.route, routing.weight, batch.kept)
 
     def forward(tokens: Tensor) -> None:
         model(tokens, stop_at_layer=shape.last + 1)

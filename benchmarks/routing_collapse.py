@@ -5,13 +5,13 @@
 One stream of activations, many dictionaries with the demo's settings:
 
 - trained:    the paper's objective;
-- frozen:     the router stays at its random start;
+- frozen:     the router stays at its random initialization;
 - uniform:    a block drawn at random for every token;
-- no biases:  b_enc and b_dec stay 0, so that the normalised loss cannot depend on p;
-- centred:    the router reads v minus its mean over tokens;
+- no biases:  b_enc and b_dec stay 0, so that the normalized loss cannot depend on p;
+- centered:   the router reads v minus its mean over tokens;
 - plain MSE:  Equation 12 as printed.
 
-Besides: how much of v all tokens share, and how the error of a token changes with p at each block.
+Also: how much of v all tokens share, and how the error of a token changes with p at each block.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_route import RouteTopKTrainingSAE, router
-from sae_lens_route.activations import RoutedActivationsStore
+from sae_lens_route import RouteSAERunnerConfig, activation_batches, load_model
+from sae_lens_route.data.activations import RoutedActivationsStore
+from sae_lens_route.data.reading import kept_activations
 from sae_lens_route.demo import demo_config
-from sae_lens_route.evals import reconstruction_metrics, token_error
-from sae_lens_route.models import load_model
-from sae_lens_route.router import normalize
-from sae_lens_route.saes import RouteTopKTrainingSAEConfig
+from sae_lens_route.evals.reconstruction import reconstruction_metrics
+from sae_lens_route.saes import RouteTopKTrainingSAE, RouteTopKTrainingSAEConfig, router
+from sae_lens_route.saes.loss import norm_mse
+from sae_lens_route.saes.metadata import routed_blocks
+from sae_lens_route.saes.router import normalize
 
 BIASES = ("b_enc", "b_dec")
 
 
-def read(training_tokens: int, eval_tokens: int) -> tuple[Any, Tensor, Tensor]:
+def read(training_tokens: int, eval_tokens: int) -> tuple[RouteSAERunnerConfig, Tensor, Tensor]:
     """The demo's configuration, and its training and held-out activations `[tokens, L, d]`."""
     model = load_model("demo")
     cfg = demo_config("unused", training_tokens=training_tokens)
@@ -46,22 +48,30 @@ def read(training_tokens: int, eval_tokens: int) -> tuple[Any, Tensor, Tensor]:
     store = RoutedActivationsStore.from_config(model, cfg)
     steps = tqdm(range(cfg.total_training_steps), desc="activations")
     train = torch.cat([next(store) for _ in steps])
-    sae = RouteTopKTrainingSAE(cfg.sae)
-    sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_names = cfg.hook_name, cfg.hook_names
-    sae.cfg.metadata.context_size, sae.cfg.metadata.prepend_bos = cfg.context_size, True
-    sae.cfg.metadata.exclude_special_tokens = True
-    text = RoutedActivationsStore.from_sae(model, sae, "demo:heldout")
-    return cfg, train, torch.cat(list(text.activation_batches(eval_tokens)))
+    sae = routed_sae(cfg, cfg.sae)
+    batches = activation_batches(model, sae, "demo:heldout", max_tokens=eval_tokens)
+    return cfg, train, torch.cat(list(kept_activations(batches, sae)))
+
+
+def routed_sae(cfg: RouteSAERunnerConfig, config: Any) -> RouteTopKTrainingSAE:
+    """A new SAE with the metadata that a runner would write."""
+    sae = RouteTopKTrainingSAE(config)
+    metadata = sae.cfg.metadata
+    metadata.hook_name, metadata.hook_names = cfg.hook_name, cfg.hook_names
+    metadata.routed_blocks = cfg.routed_blocks
+    metadata.context_size, metadata.prepend_bos = cfg.context_size, True
+    metadata.exclude_special_tokens = True
+    return sae
 
 
 def train_one(
-    cfg: Any, data: Tensor, seed: int, frozen: tuple[str, ...] = (), **options: Any
+    cfg: RouteSAERunnerConfig, data: Tensor, seed: int, frozen: tuple[str, ...] = (), **options: Any
 ) -> tuple[RouteTopKTrainingSAE, float]:
-    """A trained SAE, and how far its router moved relative to its norm at the start."""
+    """A trained SAE, and how far its router moved relative to its initial norm."""
     torch.manual_seed(seed)
     config = RouteTopKTrainingSAEConfig(cfg.sae.d_in, cfg.sae.d_sae, k=cfg.sae.k, **options)
-    sae = RouteTopKTrainingSAE(config)
-    start = sae.W_router.detach().clone()
+    sae = routed_sae(cfg, config)
+    initial = sae.W_router.detach().clone()
     for name in frozen:
         getattr(sae, name).requires_grad_(False)
     trainer = SAETrainer(cfg.to_sae_trainer_config(), sae, iter(()))
@@ -69,11 +79,11 @@ def train_one(
         trainer.step(batch)
         trainer.n_training_steps += 1
     sae.normalize_decoder()
-    moved = (sae.W_router.detach() - start).norm() / start.norm()
+    moved = (sae.W_router.detach() - initial).norm() / initial.norm()
     return sae, float(moved)
 
 
-def centred_probs(mean_v: Tensor) -> Any:
+def centered_probs(mean_v: Tensor) -> Any:
     """`route_probs` of a router that reads v minus `mean_v`."""
 
     def probs(x: Tensor, mean: Tensor, scale: Tensor, W_router: Tensor, *_: Any) -> Tensor:
@@ -84,14 +94,14 @@ def centred_probs(mean_v: Tensor) -> Any:
 
 
 @torch.no_grad()
-def error_slope(sae: RouteTopKTrainingSAE, x: Tensor, step: float = 0.02) -> list[float]:
-    """d NormMSE / d p at p = 0.8, by central differences, of tokens sent to each block."""
-    slopes = []
-    for i in range(x.shape[1]):
-        n = normalize(x[:, i])
+def error_slope(sae: RouteTopKTrainingSAE, x: Tensor, step: float = 0.02) -> dict[int, float]:
+    """d NormMSE / d p at p = 0.8, by central differences, of tokens routed to each block."""
+    slopes = {}
+    for block, stream in zip(routed_blocks(sae), x.unbind(1), strict=True):
+        n = normalize(stream)
         high, low = (0.8 + step) * n, (0.8 - step) * n
-        change = token_error(high, sae(high)).mean() - token_error(low, sae(low)).mean()
-        slopes.append(float(change) / (2 * step))
+        change = norm_mse(sae(high), high).mean() - norm_mse(sae(low), low).mean()
+        slopes[block] = float(change) / (2 * step)
     return slopes
 
 
@@ -118,23 +128,24 @@ def main() -> None:
         "frozen": ({"frozen": ("W_router",)}, args.seeds),
         "uniform": ({"routing": "uniform"}, args.seeds),
         "no biases": ({"frozen": BIASES}, 1),
-        "centred": ({}, 1),
+        "centered": ({}, 1),
         "plain MSE": ({"loss": "mse"}, 1),
     }
     for name, (options, seeds) in variants.items():
         for seed in range(seeds):
-            patched = centred_probs(v.mean(0)) if name == "centred" else router.route_probs
+            patched = centered_probs(v.mean(0)) if name == "centered" else router.route_probs
             with mock.patch.object(router, "route_probs", patched):
                 sae, moved = train_one(cfg, train, seed, **options)
                 result = reconstruction_metrics(sae, heldout.split(2048))
             run = {"name": name, "seed": seed, "router_moved": moved, **result._asdict()}
             if name == "frozen":
-                run["error_slope"] = error_slope(sae, heldout[:4096])
+                run["error_slope_by_block"] = error_slope(sae, heldout[:4096])
             content["runs"].append(run)
+            shares = " ".join(f"{b}:{share:.2f}" for b, share in result.share_by_block.items())
             print(
                 f"{name:10} seed {seed}  NormMSE {result.norm_mse:.3f}  matched "
                 f"{result.norm_mse_matched:.3f}  mean p {result.route_weight:.2f}  router moved "
-                f"{moved:.2f}  shares {' '.join(f'{s:.2f}' for s in result.share)}",
+                f"{moved:.2f}  shares {shares}",
                 flush=True,
             )
             args.output.parent.mkdir(parents=True, exist_ok=True)

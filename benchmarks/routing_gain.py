@@ -1,4 +1,4 @@
-"""What routers are worth, with a million training tokens, on the demo model.
+"""Routing gain of the routers with a million training tokens, on the demo model.
 
     python benchmarks/routing_gain.py --output benchmarks/results/routing_gain.json
 
@@ -13,44 +13,44 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from sae_lens_route import SweepEntry, SweepRunner, load_model
 from sae_lens_route.demo import demo_config
-from sae_lens_route.models import load_model
-from sae_lens_route.report import ASSIGNMENT, FROZEN, RANDOM, ROUTE, routers_table
-from sae_lens_route.reproduction import main_runs, share_matched
-from sae_lens_route.sweep import SweepEntry, SweepRunner, evaluate_sweep, expand_runs
+from sae_lens_route.evals.comparison import evaluate_sweep
+from sae_lens_route.paper.methods import shown_in
+from sae_lens_route.paper.plan import Run, sweep_entries
+from sae_lens_route.paper.report import routers_table
+from sae_lens_route.paper.reproduction import share_matched
+from sae_lens_route.paper.results import Trained
+from sae_lens_route.records import plain
 
 K = 16
 
 
-def compare(training_tokens: int, eval_tokens: int, seeds: int) -> dict[str, Any]:
+def compare(training_tokens: int, eval_tokens: int, seeds: int) -> list[Trained]:
     """Train and evaluate the routers, then their random twins."""
     model = load_model("demo")
     with tempfile.TemporaryDirectory() as folder:
         cfg = demo_config(folder, training_tokens=training_tokens)
     cfg = replace(cfg, output_path=None, n_checkpoints=0)
-    methods = main_runs(K, cfg.sae.d_in, 11, cfg.total_training_steps)
-    runs = {
-        label: {"d_sae": cfg.sae.d_sae, **methods[label]}
-        for label in (ROUTE, FROZEN, ASSIGNMENT, RANDOM)
-    }
-    entries = {
-        f"{entry.label} seed={entry.seed}": entry
-        for entry in expand_runs(runs, cfg.sae.d_in, range(seeds)).values()
-    }
+    cfg.resolve(model)
 
-    def rows(entries: dict[str, SweepEntry]) -> list[dict[str, Any]]:
-        saes = SweepRunner(cfg, entries, override_model=model).run()
-        return evaluate_sweep(model, entries, saes, "demo:heldout", max_tokens=eval_tokens).rows
+    def trained(entries: Mapping[Run, SweepEntry]) -> list[Trained]:
+        by_name = {run.name: entry for run, entry in entries.items()}
+        saes = SweepRunner(cfg, by_name, override_model=model).run()
+        result = evaluate_sweep(model, by_name, saes, "demo:heldout", max_tokens=eval_tokens)
+        return [Trained(run, row) for run, row in zip(entries, result.rows, strict=True)]
 
-    trained = rows(entries)
-    return {"methods": trained, "share_matched": rows(share_matched(entries, trained))}
+    runs = [Run(method.label, K, seed) for method in shown_in("routers") for seed in range(seeds)]
+    entries = sweep_entries(runs, cfg)
+    routers = trained(entries)
+    return routers + trained(share_matched(entries, routers))
 
 
 def main() -> None:
@@ -60,16 +60,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
+    trained = compare(args.training_tokens, args.eval_tokens, args.seeds)
     content = {
         "training_tokens": args.training_tokens,
         "eval_tokens": args.eval_tokens,
         "k": K,
         "versions": {"torch": torch.__version__, "sae-lens": version("sae-lens")},
-        **compare(args.training_tokens, args.eval_tokens, args.seeds),
+        "trained": plain(trained),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(content, indent=1) + "\n")
-    print(routers_table(content))
+    print(routers_table(trained))
     print(f"wrote {args.output}")
 
 

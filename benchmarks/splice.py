@@ -3,11 +3,11 @@
     read          attached, x_route cached, nothing edited
     edited        with the RouteSAE in (`add_sae`, or on a proxy a hook function)
     hook function the same edit by a hook function, which is called for every routed block in full
-    two passes    what a splice takes without the replay: one pass to route, one pass to edit
+    two passes    a splice without the replay: one pass to route, one pass to edit
 
-The model and the SAE are random, so that every routed block gets tokens. Each round times all of
-them once, between two clean passes; the ratio of a round is to the mean of these two. "cpu" is the
-same ratio of processor time, which other programs on the machine disturb less (with --threads 1).
+The model and the SAE are random, so that every routed block gets tokens. Each round times each of
+them once, between two clean passes, and divides by the mean of these two. "cpu" is the same ratio
+of processor time, which other programs on the machine disturb less (with --threads 1).
 
     python benchmarks/splice.py --output splice_benchmark.json
     python benchmarks/splice.py --tiny
@@ -36,9 +36,9 @@ from torch import Tensor
 from transformer_lens import HookedTransformerConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sae_lens_route import RouteTopKSAE, RouteTopKSAEConfig
-from sae_lens_route.models import decoder_blocks
-from sae_lens_route.router import normalization_stats
+from sae_lens_route.models.kinds import decoder_blocks
+from sae_lens_route.saes import RouteTopKSAE, RouteTopKSAEConfig
+from sae_lens_route.saes.router import normalization_stats
 from sae_lens_route.splice import attach
 
 HOOK = "hook function"
@@ -61,7 +61,7 @@ class Shape:
     last: int = 11
 
     @property
-    def routed(self) -> list[int]:
+    def routed_blocks(self) -> list[int]:
         return list(range(self.first, self.last + 1))
 
     @property
@@ -117,7 +117,7 @@ def proxy_model(shape: Shape) -> HookedProxyLM:
         initializer_range=shape.d_model**-0.5,
         use_cache=False,
     )
-    hooked = [f"model.layers.{i}" for i in shape.routed]
+    hooked = [f"model.layers.{i}" for i in shape.routed_blocks]
     return HookedProxyLM(LlamaForCausalLM(cfg).eval(), None, hook_names=hooked)  # type: ignore[arg-type]
 
 
@@ -130,15 +130,15 @@ MODELS: dict[str, Callable[[Shape], Any]] = {
 def make_sae(shape: Shape) -> RouteTopKSAE:
     torch.manual_seed(0)
     metadata = SAEMetadata(
-        hook_name=f"blocks.{shape.last}.hook_resid_route",
-        hook_names=[f"blocks.{i}.hook_resid_post" for i in shape.routed],
+        hook_name=f"blocks.{shape.last}.route.hook_resid_post",
+        hook_names=[f"blocks.{i}.hook_resid_post" for i in shape.routed_blocks],
     )
     sae = RouteTopKSAE(
         RouteTopKSAEConfig(
             d_in=shape.d_model,
             d_sae=shape.d_sae,
             k=shape.k,
-            n_routed_layers=len(shape.routed),
+            n_routed_layers=len(shape.routed_blocks),
             metadata=metadata,
         )
     )
@@ -155,21 +155,21 @@ def two_passes(model: Any, sae: RouteTopKSAE, shape: Shape, tokens: Tensor) -> T
     def keep(module: Any, args: Any, output: Tensor) -> None:
         streams.append(output)
 
-    handles = [blocks[i].register_forward_hook(keep) for i in shape.routed]
+    handles = [blocks[block].register_forward_hook(keep) for block in shape.routed_blocks]
     model(tokens, return_type="logits")
     for handle in handles:
         handle.remove()
     routing = sae.route(torch.stack(streams, -2))
     weight = routing.weight.unsqueeze(-1)
 
-    def edit(index: int, module: Any, args: Any, x: Tensor) -> Tensor:
+    def edit(route: int, module: Any, args: Any, x: Tensor) -> Tensor:
         mean, scale = (part.unsqueeze(-1) for part in normalization_stats(x))
         x_hat = sae.decode(sae.encode(weight * (x - mean) / scale)) / weight * scale + mean
-        return torch.where((routing.layer == index).unsqueeze(-1), x_hat, x)
+        return torch.where((routing.route == route).unsqueeze(-1), x_hat, x)
 
     handles = [
-        blocks[i].register_forward_hook(partial(edit, index))
-        for index, i in enumerate(shape.routed)
+        blocks[block].register_forward_hook(partial(edit, route))
+        for route, block in enumerate(shape.routed_blocks)
     ]
     logits = model(tokens, return_type="logits")
     for handle in handles:

@@ -1,11 +1,11 @@
-"""What six dictionaries on one stream of activations cost, beside one, and beside six runs.
+"""Cost of six dictionaries on one stream of activations, relative to one, and to six runs.
 
     python benchmarks/sweep.py --work FOLDER --output benchmarks/results/sweep.json
     python benchmarks/sweep.py --model-class AutoModelForCausalLM --work FOLDER \\
         --output benchmarks/results/sweep_hugging_face.json      # the same; --dense: once more
 
-Timed in turn in one process (A B C, A B C, ...), the first round dropped; the ratio of a round is
-to its own A, and the figure is the median over rounds:
+Timed in turn in one process (A B C, A B C, ...), the first round dropped; each time is divided by
+the same round's A, and the result is the median over rounds:
 
 (A) one RouteSAE, trained by `RouteSAETrainingRunner`;
 (B) RouteSAEs with six values of k, trained by `SweepRunner` on one stream;
@@ -31,10 +31,14 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sae_lens_route import RouteTopKTrainingSAEConfig
-from sae_lens_route.models import load_model
-from sae_lens_route.runner import RouteSAERunnerConfig, RouteSAETrainingRunner
-from sae_lens_route.sweep import SweepEntry, SweepRunner
+from sae_lens_route import (
+    RouteSAERunnerConfig,
+    RouteSAETrainingRunner,
+    RouteTopKTrainingSAEConfig,
+    SweepEntry,
+    SweepRunner,
+    load_model,
+)
 
 SHAPES = {
     "tiny": {"d": 32, "heads": 2, "vocab": 64, "d_sae": 64, "prompts": 2, "context": 16},
@@ -50,7 +54,7 @@ TARGET = 2.0
 
 
 def random_llama(shape: dict[str, int], folder: Path) -> Path:
-    """A 16-block Llama of random weights, saved with a small tokenizer of its own."""
+    """A 16-block Llama with random weights, saved with a small tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=shape["d"],
@@ -75,8 +79,8 @@ def random_llama(shape: dict[str, int], folder: Path) -> Path:
 def variants(
     shape: dict[str, int], folder: Path, n_steps: int, device: str, kind: str, dense: bool = False
 ) -> dict[str, Callable[[], list[Any]]]:
-    """The three things to time; each call makes new runners, whose `run` is what is timed."""
-    # the dearer the model, the more a sweep gains: SAELens's proxy has the fastest attention
+    """The three things to time; each call makes new runners, whose `run` is timed."""
+    # the slower the model, the more a sweep gains: SAELens's proxy has the fastest attention
     model: Any = load_model(str(random_llama(shape, folder)), kind, device=device)
     step = shape["prompts"] * shape["context"]
     rows = torch.randint(2, shape["vocab"], (shape["prompts"] * n_steps, shape["context"]))

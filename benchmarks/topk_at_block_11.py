@@ -3,13 +3,13 @@
     python benchmarks/topk_at_block_11.py --output benchmarks/results/topk_at_block_11.json
 
 All see the same tokens in the same order, with the same k, d_sae, learning rate and schedule, and
-are spliced at the same held-out tokens.
+are spliced in at the same held-out tokens.
 
 - route:           the RouteSAE of the demo;
-- topk_layer_norm: SAELens's TopK SAE from SAELens's own runner with `layer_norm`. Its loss is taken
-                   in the model's units, so the few tokens of large norm weigh most;
+- topk_layer_norm: SAELens's TopK SAE from SAELens's runner with `layer_norm`. Its loss is taken
+                   in the model's units, so the few tokens of large norm have most weight;
 - topk_normalized: SAELens's TopK SAE from SAELens's trainer, on n(x) of block 11 as the paper's
-                   baseline sees it, so that every token weighs the same.
+                   baseline sees it, so that every token has the same weight.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,12 +35,14 @@ from sae_lens import (
 )
 from sae_lens.training.sae_trainer import SAETrainer
 
-from sae_lens_route.activations import RoutedActivationsStore, load_text_dataset
+from sae_lens_route import RouteSAETrainingRunner, activation_batches, evaluate, load_model
+from sae_lens_route.data.activations import RoutedActivationsStore
+from sae_lens_route.data.reading import ActivationBatch
+from sae_lens_route.data.text import load_text_dataset
 from sae_lens_route.demo import demo_config
-from sae_lens_route.evals import evaluate, token_error
-from sae_lens_route.models import load_model
-from sae_lens_route.router import normalization_stats, normalize
-from sae_lens_route.runner import RouteSAETrainingRunner
+from sae_lens_route.evals.reconstruction import ReconstructionMetrics
+from sae_lens_route.saes.loss import norm_mse
+from sae_lens_route.saes.router import normalization_stats, normalize
 
 HOOK = "blocks.11.hook_resid_post"
 
@@ -66,7 +68,7 @@ def train_topk(model: Any, route_cfg: Any, folder: Path) -> SAE[Any]:
         lr=route_cfg.lr,
         lr_warm_up_steps=route_cfg.lr_warm_up_steps,
         lr_decay_steps=route_cfg.lr_decay_steps,
-        dead_feature_window=10**9,  # its auxiliary loss refuses normalised activations
+        dead_feature_window=10**9,  # its auxiliary loss refuses normalized activations
         seed=route_cfg.seed,
         output_path=str(folder),
         checkpoint_path=None,
@@ -95,7 +97,7 @@ def train_topk_normalized(model: Any, route_cfg: Any) -> TopKTrainingSAE:
 
 @torch.no_grad()
 def normalized_reconstruction(sae: Any, x: torch.Tensor) -> torch.Tensor:
-    """What an SAE of n(x) puts in the place of x."""
+    """The reconstruction of x by an SAE of n(x)."""
     mean, scale = normalization_stats(x)
     return sae(normalize(x)) * scale.unsqueeze(-1) + mean.unsqueeze(-1)
 
@@ -104,20 +106,19 @@ def normalized_reconstruction(sae: Any, x: torch.Tensor) -> torch.Tensor:
 def evaluate_topk(
     model: Any,
     reconstruct_stream: Callable[[torch.Tensor], torch.Tensor],
-    text: RoutedActivationsStore,
-    max_tokens: int,
+    batches: Iterable[ActivationBatch],
 ) -> dict[str, float]:
-    """NormMSE in normalised units and KL in nats per token, at kept tokens."""
+    """NormMSE in normalized units and KL in nats per token, at kept tokens."""
     kl, error, n = 0.0, 0.0, 0
-    for tokens in text.token_batches(max_tokens):
-        kept = text.kept(tokens)
+    for batch in batches:
+        tokens, kept = batch.tokens, batch.kept
 
         def reconstruct(x: torch.Tensor, hook: Any, kept: torch.Tensor = kept) -> torch.Tensor:
             nonlocal error
             x_hat = reconstruct_stream(x)
-            # the error of x_hat in the units the RouteSAE's is measured in: x's own mean and scale
+            # in the units of the RouteSAE's error: x's mean and scale
             mean, scale = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
-            error += float(token_error(normalize(x), (x_hat - mean) / scale)[kept].sum())
+            error += float(norm_mse((x_hat - mean) / scale, normalize(x))[kept].sum())
             return torch.where(kept.unsqueeze(-1), x_hat, x)
 
         clean = model(tokens).log_softmax(-1)
@@ -137,11 +138,12 @@ def compare(seed: int, training_tokens: int, eval_tokens: int) -> dict[str, Any]
         topk = train_topk(model, cfg, Path(folder) / "topk")
         normalized = train_topk_normalized(model, cfg)
     evaluation = evaluate(model, route, "demo:heldout", max_tokens=eval_tokens)
+    assert isinstance(evaluation.reconstruction, ReconstructionMetrics)
     assert evaluation.downstream is not None and evaluation.downstream_unscaled is not None
 
     def evaluated(reconstruct_stream: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        text = RoutedActivationsStore.from_sae(model, route, "demo:heldout")
-        return evaluate_topk(model, reconstruct_stream, text, eval_tokens)
+        batches = activation_batches(model, route, "demo:heldout", max_tokens=eval_tokens)
+        return evaluate_topk(model, reconstruct_stream, batches)
 
     return {
         "seed": seed,
@@ -149,8 +151,8 @@ def compare(seed: int, training_tokens: int, eval_tokens: int) -> dict[str, Any]
             "norm_mse": evaluation.reconstruction.norm_mse,
             "kl": evaluation.downstream.kl,
             "kl_unscaled": evaluation.downstream_unscaled.kl,
-            "share": evaluation.reconstruction.share,
-            "kl_by_layer": evaluation.downstream.kl_by_layer,
+            "share_by_block": evaluation.reconstruction.share_by_block,
+            "kl_by_block": evaluation.downstream.kl_by_block,
         },
         "topk_layer_norm": evaluated(topk),
         "topk_normalized": evaluated(partial(normalized_reconstruction, normalized)),

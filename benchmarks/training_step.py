@@ -1,4 +1,4 @@
-"""What a training step costs beside the language model's forward pass, which is its floor.
+"""Cost of a training step relative to the language model's forward pass, which is its floor.
 
     python benchmarks/training_step.py --output benchmarks/results/training_step.json
 
@@ -8,7 +8,7 @@ Timed in turn in one process (A B C D, A B C D, ...), medians, the first round d
 (b) a RouteSAE step: (a), routing and the SAE's update;
 (c) SAELens training one TopK SAE at the last routed block of the same model;
 (d) the paper's step as its code does it: all blocks and the LM head in float32, every hidden state
-    normalised and kept, dense decode.
+    normalized and kept, dense decode.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sae_lens_route import RouteTopKTrainingSAE, RouteTopKTrainingSAEConfig
-from sae_lens_route.activations import RoutedActivationsStore
-from sae_lens_route.models import load_model
-from sae_lens_route.router import normalize
-from sae_lens_route.runner import RouteSAERunnerConfig
+from sae_lens_route import RouteSAERunnerConfig, RouteTopKTrainingSAEConfig, load_model
+from sae_lens_route.data.activations import RoutedActivationsStore, residual_streams
+from sae_lens_route.saes import RouteTopKTrainingSAE
+from sae_lens_route.saes.router import normalize
 
 SHAPES = {
     "tiny": {"d": 32, "heads": 2, "vocab": 64, "d_sae": 64, "k": 4, "prompts": 2, "context": 16},
@@ -49,7 +48,7 @@ SHAPES = {
 
 
 def random_llama(shape: dict[str, int], folder: Path) -> Path:
-    """A 16-block Llama of random weights, saved with a small tokenizer of its own."""
+    """A 16-block Llama with random weights, saved with a small tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=shape["d"],
@@ -95,14 +94,15 @@ def variants(shape: dict[str, int], folder: Path, kind: str, device: str) -> dic
         output_path=None,
     )
     cfg.resolve(model)
+    hook_names = cfg.hook_names or []
     routed = RoutedActivationsStore.from_config(model, cfg, override_dataset=data)
     route_trainer = trainer(RouteTopKTrainingSAE(cfg.sae), n_tokens, device)
 
     single = ActivationsStore.from_config_multi_hook(
         model,
         dataset=data,
-        hook_names=[cfg.hook_names[-1]],
-        hook_d_ins={cfg.hook_names[-1]: shape["d"]},
+        hook_names=[hook_names[-1]],
+        hook_d_ins={hook_names[-1]: shape["d"]},
         context_size=shape["context"],
         store_batch_size_prompts=shape["prompts"],
         train_batch_size_tokens=n_tokens,
@@ -115,12 +115,12 @@ def variants(shape: dict[str, int], folder: Path, kind: str, device: str) -> dic
 
     reference = ReferenceStep(model, shape, device)
 
-    def step(its_trainer: SAETrainer[Any, Any], batch: torch.Tensor) -> None:
-        its_trainer.step(batch)
-        its_trainer.n_training_steps += 1
+    def step(sae_trainer: SAETrainer[Any, Any], batch: torch.Tensor) -> None:
+        sae_trainer.step(batch)
+        sae_trainer.n_training_steps += 1
 
     return {
-        "forward": lambda: routed.layer_activations(routed.get_batch_tokens()),
+        "forward": lambda: residual_streams(model, routed.get_batch_tokens(), hook_names),
         "route": lambda: step(route_trainer, next(routed)),
         "saelens_topk": lambda: step(topk_trainer, next(single)),
         "paper": lambda: reference(routed.get_batch_tokens()),
@@ -144,8 +144,8 @@ class ReferenceStep:
             states = hf(tokens, output_hidden_states=True, use_cache=False).hidden_states
             x = normalize(torch.stack(states[4:13], dim=2))
         p = self.router(x.sum(2)).softmax(-1)
-        weight, layer = p.max(-1)
-        index = layer[..., None, None].expand(*layer.shape, 1, x.shape[-1])
+        weight, route = p.max(-1)
+        index = route[..., None, None].expand(*route.shape, 1, x.shape[-1])
         routed = weight.unsqueeze(-1) * x.gather(2, index).squeeze(2)
         top = self.encoder(routed).topk(self.k, dim=-1)
         dense = torch.zeros(*routed.shape[:-1], self.encoder.out_features, device=x.device)
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the random model")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    # SAELens's proxy, whose attention is the fastest, so that the floor is as low as it gets
+    # SAELens's proxy has the fastest attention, hence the lowest floor
     kind = "AutoModelForCausalLM"
     steps = variants(SHAPES[args.shape], args.work, kind, args.device)
     medians = measure(steps, args.rounds, args.device)

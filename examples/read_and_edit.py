@@ -9,7 +9,7 @@ import torch
 from sae_lens import SAE
 
 import sae_lens_route  # noqa: F401  (makes RouteSAEs known to SAELens; before SAE.load_from_disk)
-from sae_lens_route.models import load_model
+from sae_lens_route.models.load import load_model
 from sae_lens_route.splice import attach
 
 sae = SAE.load_from_disk(sys.argv[1] if len(sys.argv) > 1 else "route-sae")
@@ -21,7 +21,7 @@ with attach(model, sae) as hook:
     # Read: the routed activation is a hook point like any other.
     logits, cache = model.run_with_cache(tokens)
     feature_acts = sae.encode(cache[hook_name])
-    blocks = [hook.routed_blocks[i] for i in hook.routing.layer[0].tolist()]
+    blocks = [hook.routed_blocks[i] for i in hook.routing.route[0].tolist()]
     words = model.to_str_tokens(tokens)
     for token, block, acts in zip(words, blocks, feature_acts[0], strict=True):
         print(f"{token!r:12} block {block:2}  strongest feature {int(acts.argmax())}")

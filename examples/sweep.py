@@ -1,14 +1,14 @@
 """Compare dictionaries trained on one stream of activations. The demo model stands in for yours.
 
-The language model runs once for all of them; each ends as a run of its own would have.
+The language model runs once for all of them; each result equals that of a separate run.
 """
 
 import sys
 
-from sae_lens_route import RouteTopKTrainingSAEConfig
-from sae_lens_route.plots import tradeoff, write_figure
-from sae_lens_route.runner import RouteSAERunnerConfig
-from sae_lens_route.sweep import SweepRunner, evaluate_sweep, expand_runs
+from sae_lens_route import RouteSAERunnerConfig, RouteTopKTrainingSAEConfig, SweepRunner
+from sae_lens_route.evals.comparison import evaluate_sweep
+from sae_lens_route.plots import TradeoffPoint, tradeoff, write_figure
+from sae_lens_route.training.entries import expand_runs
 
 output = sys.argv[1] if len(sys.argv) > 1 else "sweep"
 training_tokens = int(sys.argv[2]) if len(sys.argv) > 2 else 1_000_000
@@ -34,6 +34,7 @@ saes = runner.run()
 
 table = evaluate_sweep(runner.model, entries, saes, "demo:heldout", max_tokens=eval_tokens)
 table.write(output)
-write_figure(tradeoff(table.rows, "kl"), f"{output}/kl_by_l0")
+points = [TradeoffPoint.of(row, row.kl) for row in table.rows]
+write_figure(tradeoff(points, "KL, nats per token"), f"{output}/kl_by_l0")
 for row in table.rows:
-    print(f"{row['name']:24} NormMSE {row['norm_mse']:.3f}  KL {row['kl']:.3f} nats per token")
+    print(f"{row.name:24} NormMSE {row.norm_mse:.3f}  KL {row.kl:.3f} nats per token")

@@ -1,13 +1,16 @@
 """Train a RouteSAE from Python. The demo model stands in for yours; nothing is downloaded.
 
-For Llama-3.2-1B as in the paper: `model_name="meta-llama/Llama-3.2-1B-Instruct"`,
-`dataset_path="segyges/OpenWebText2"`, `d_in=2048`, `device="cuda"`, and leave out the rest.
+For Llama-3.2-1B as in the paper:
+`RouteSAERunnerConfig.from_file("examples/configs/llama-3.2-1b-instruct.yaml", device="cuda")`.
 """
 
 import sys
 
-from sae_lens_route import RouteTopKTrainingSAEConfig
-from sae_lens_route.runner import RouteSAERunnerConfig, RouteSAETrainingRunner
+from sae_lens_route import (
+    RouteSAERunnerConfig,
+    RouteSAETrainingRunner,
+    RouteTopKTrainingSAEConfig,
+)
 
 output = sys.argv[1] if len(sys.argv) > 1 else "route-sae"
 training_tokens = int(sys.argv[2]) if len(sys.argv) > 2 else 1_000_000
@@ -22,4 +25,4 @@ config = RouteSAERunnerConfig(
     output_path=output,
 )
 sae = RouteSAETrainingRunner(config).run()
-print(f"routes between blocks {config.routed_layers}, saved to {output}")
+print(f"routes between blocks {config.routed_blocks}, saved to {output}")

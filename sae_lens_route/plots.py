@@ -1,23 +1,178 @@
 """The paper's figures, drawn with plotly.
 
-Every figure is written twice: as HTML that needs no network, and as SVG for documents. plotly draws
-static images only through a browser, which a fresh machine has not, so the SVG is drawn by
-matplotlib from the same traces.
+Every figure is written twice: as HTML that needs no network, and as SVG for documents. plotly needs
+a browser to draw static images, so matplotlib draws the SVG from the same traces.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import plotly.graph_objects as go
 from matplotlib import rc_context
 from matplotlib.figure import Figure as StaticFigure
 from plotly.colors import qualitative
 
-from sae_lens_route.evals import ReconstructionMetrics
+from sae_lens_route.evals.comparison import SweepRow
+from sae_lens_route.evals.reconstruction import ReconstructionMetrics
 
 COLORS = qualitative.Safe
+
+
+class TradeoffPoint(NamedTuple):
+    """One run in a figure of a metric against sparsity."""
+
+    label: str
+    """Method; its points are joined by a line."""
+    sparsity: tuple[Any, ...]
+    """The settings that decide the sparsity; runs that share them are averaged."""
+    l0: float
+    """Active features per token."""
+    value: float | None
+    """The metric; None leaves the run out."""
+
+    @classmethod
+    def of(cls, row: SweepRow, value: float | None) -> TradeoffPoint:
+        """A row of a sweep with one of its metrics, such as `row.kl`."""
+        return cls(row.label, row.sparsity, row.l0, value)
+
+
+class ThresholdCurve(NamedTuple):
+    """A number of one run as a function of the activation threshold."""
+
+    label: str
+    """Method; curves that share it are averaged."""
+    thresholds: list[float]
+    values: list[float | None]
+    """One for each threshold; None leaves the threshold out."""
+
+
+class FeatureByBlock(NamedTuple):
+    """How strongly a feature is active at each routed block."""
+
+    kind: str
+    """The group of features; each has a color."""
+    feature: int
+    activation_by_block: dict[int, float]
+    """Mean activation by block."""
+
+
+def routing_weights(metrics: Mapping[str, ReconstructionMetrics]) -> go.Figure:
+    """Share of the tokens routed to each block, and its mean route probability (paper, Figure 9).
+
+    Args:
+        metrics: Evaluations by the name of their text, such as "train" and "held-out".
+    """
+    figure = _figure("Routing weights", "block", "share of tokens, mean probability")
+    for i, (name, result) in enumerate(metrics.items()):
+        _add_bars(figure, result.share_by_block, f"share, {name}", i)
+    for i, (name, result) in enumerate(metrics.items()):
+        blocks = [str(block) for block in result.mean_probs_by_block]
+        y = list(result.mean_probs_by_block.values())
+        _add_line(figure, blocks, y, f"mean p, {name}", i, "dot")
+    figure.update_xaxes(type="category")
+    return figure
+
+
+def training_curve(records: Sequence[Mapping[str, Any]]) -> go.Figure:
+    """Loss over tokens, from the lines of `train_log.jsonl`."""
+    figure = _figure("Training", "tokens", "loss")
+    tokens, losses = ([record[name] for record in records] for name in ("tokens", "loss"))
+    _add_line(figure, tokens, losses, "loss", 0, mode="lines")
+    return figure
+
+
+def tradeoff(points: Sequence[TradeoffPoint], y_title: str) -> go.Figure:
+    """A metric against L0, a line per label through the means over seeds (Figures 4, 6, 8, 12).
+
+    Where several runs are averaged, each is a small point next to the line.
+
+    Args:
+        points: Runs of one label and one sparsity differ only in their seed.
+        y_title: Name and unit of the metric.
+    """
+    figure = _figure(f"{y_title} against sparsity", "L0, active features per token", y_title)
+    known = [point for point in points if point.value is not None]
+    for i, (label, runs) in enumerate(_by_label(known).items()):
+        by_sparsity: dict[tuple[Any, ...], list[tuple[float, ...]]] = defaultdict(list)
+        for run in runs:
+            by_sparsity[run.sparsity].append((run.l0, cast(float, run.value)))
+        means = sorted(tuple(map(_mean, zip(*at, strict=True))) for at in by_sparsity.values())
+        l0, values = zip(*means, strict=True)
+        _add_line(figure, l0, values, label, i)
+        if len(runs) > len(means):
+            figure.add_scatter(
+                x=[run.l0 for run in runs],
+                y=[run.value for run in runs],
+                mode="markers",
+                line={"color": _color(i)},
+                marker={"color": _color(i), "size": 4},
+                showlegend=False,
+            )
+    return figure
+
+
+def routing_shares(shares: Mapping[str, Sequence[Mapping[int, float]]]) -> go.Figure:
+    """Share of the tokens at each block, a bar per method, mean over its runs (Figure 9).
+
+    Args:
+        shares: For each method, one mapping from block to share per run.
+    """
+    figure = _figure("Share of the tokens", "block", "share of tokens")
+    for i, (label, runs) in enumerate(shares.items()):
+        _add_bars(figure, {b: _mean([run[b] for run in runs]) for b in runs[0]}, label, i)
+    figure.update_xaxes(type="category")
+    return figure
+
+
+def threshold_curves(curves: Sequence[ThresholdCurve], y_title: str) -> go.Figure:
+    """Interpretable features, or their score, against the threshold, a line per label (Figure 5).
+
+    Args:
+        curves: One for each run.
+        y_title: Name of the values.
+    """
+    figure = _figure(f"{y_title} above a threshold", "threshold", y_title)
+    for i, (label, runs) in enumerate(_by_label(curves).items()):
+        by_threshold: dict[float, list[float]] = defaultdict(list)
+        for run in runs:
+            for threshold, value in zip(run.thresholds, run.values, strict=True):
+                if value is not None:
+                    by_threshold[threshold].append(value)
+        points = sorted((at, _mean(values)) for at, values in by_threshold.items())
+        _add_line(figure, [x for x, _ in points], [y for _, y in points], label, i)
+    return figure
+
+
+def feature_profiles(profiles: Sequence[FeatureByBlock]) -> go.Figure:
+    """Mean activation of a few features by block, relative to their largest (Figure 1)."""
+    figure = _figure("Activation by block", "block", "share of the largest")
+    kinds = list(dict.fromkeys(profile.kind for profile in profiles))
+    for profile in profiles:
+        activations = profile.activation_by_block
+        largest = max(*activations.values(), 1e-12)
+        kind = kinds.index(profile.kind)
+        y = [value / largest for value in activations.values()]
+        name, dash = f"{profile.kind} {profile.feature}", ("solid", "dot", "dash")[kind % 3]
+        _add_line(figure, list(activations), y, name, kind, dash)
+    return figure
+
+
+Labeled = TypeVar("Labeled", TradeoffPoint, ThresholdCurve)
+
+
+def _by_label(runs: Sequence[Labeled]) -> dict[str, list[Labeled]]:
+    groups: dict[str, list[Labeled]] = defaultdict(list)
+    for run in runs:
+        groups[run.label].append(run)
+    return groups
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _color(index: int) -> str:
@@ -36,163 +191,35 @@ def _figure(title: str, x_title: str, y_title: str) -> go.Figure:
     return figure
 
 
-def routing_weights(metrics: dict[str, ReconstructionMetrics], blocks: list[int]) -> go.Figure:
-    """Share of the tokens sent to each block, and the mean route probability (paper, Figure 9).
-
-    Args:
-        metrics: Evaluations by the name of their text, such as "train" and "held-out".
-        blocks: The routed blocks, in order.
-    """
-    figure = _figure("Routing weights", "block", "share of tokens, mean probability")
-    labels = [str(block) for block in blocks]
-    for i, (name, result) in enumerate(metrics.items()):
-        figure.add_bar(x=labels, y=result.share, name=f"share, {name}", marker={"color": _color(i)})
-    for i, (name, result) in enumerate(metrics.items()):
-        figure.add_scatter(
-            x=labels,
-            y=result.mean_probs,
-            name=f"mean p, {name}",
-            mode="lines+markers",
-            line={"color": _color(i), "dash": "dot"},
-        )
-    figure.update_xaxes(type="category")
-    return figure
+def _add_bars(figure: go.Figure, by_block: Mapping[int, float], name: str, index: int) -> None:
+    blocks, values = [str(block) for block in by_block], list(by_block.values())
+    figure.add_bar(x=blocks, y=values, name=name, marker={"color": _color(index)})
 
 
-def training_curve(records: list[dict[str, Any]]) -> go.Figure:
-    """Loss over tokens, from the lines of `train_log.jsonl`."""
-    figure = _figure("Training", "tokens", "loss")
-    figure.add_scatter(
-        x=[r["tokens"] for r in records],
-        y=[r["loss"] for r in records],
-        name="loss",
-        mode="lines",
-        line={"color": _color(0)},
-    )
-    return figure
-
-
-_SPARSITY = ("k", "l1_coefficient", "l0_coefficient", "target_l0")
-_METRIC_TITLES = {
-    "norm_mse": "NormMSE",
-    "kl": "KL, nats per token",
-    "n_features": "Interpretable features",
-    "score": "Score",
-}
-
-
-def tradeoff(rows: list[dict[str, Any]], metric: str) -> go.Figure:
-    """A metric against L0, a line per label through the means over seeds (Figures 4, 6, 8, 12).
-
-    Every run is a small point of its own beside the line.
-
-    Args:
-        rows: Rows of a sweep; runs of one label and one sparsity differ only in their seed.
-        metric: "norm_mse", "kl" or any other column; runs without it (KL under soft routing) are
-            left out.
-    """
-    title = _METRIC_TITLES.get(metric, metric)
-    figure = _figure(f"{title} against sparsity", "L0, active features per token", title)
-    rows = [row for row in rows if row.get(metric) is not None]
-    for i, label in enumerate(dict.fromkeys(row["label"] for row in rows)):
-        own = [row for row in rows if row["label"] == label]
-        by_sparsity: dict[Any, list[dict[str, Any]]] = {}
-        for row in own:
-            by_sparsity.setdefault(tuple(map(row.get, _SPARSITY)), []).append(row)
-        means = sorted(
-            tuple(sum(row[column] for row in runs) / len(runs) for column in ("l0", metric))
-            for runs in by_sparsity.values()
-        )
-        l0, values = zip(*means, strict=True)
-        line = {"color": _color(i)}
-        figure.add_scatter(x=l0, y=values, name=label, mode="lines+markers", line=line)
-        if len(own) > len(means):
-            figure.add_scatter(
-                x=[row["l0"] for row in own],
-                y=[row[metric] for row in own],
-                mode="markers",
-                line=line,
-                marker={"color": _color(i), "size": 4},
-                showlegend=False,
-            )
-    return figure
-
-
-def routing_shares(methods: dict[str, list[dict[str, Any]]], blocks: list[int]) -> go.Figure:
-    """Share of the tokens at each block, a bar per method, mean over its runs (Figure 9).
-
-    Args:
-        methods: Rows of a sweep by label; each has `share`.
-        blocks: The routed blocks, in order.
-    """
-    figure = _figure("Share of the tokens", "block", "share of tokens")
-    for i, (label, rows) in enumerate(methods.items()):
-        shares = [sum(row["share"][at] for row in rows) / len(rows) for at in range(len(blocks))]
-        figure.add_bar(
-            x=[str(block) for block in blocks], y=shares, name=label, marker={"color": _color(i)}
-        )
-    figure.update_xaxes(type="category")
-    return figure
-
-
-def threshold_curves(
-    rows: list[dict[str, Any]], column: Literal["n_features", "offline_scores"]
-) -> go.Figure:
-    """Interpretable features, or their score, against the threshold, a line per label (Figure 5).
-
-    Args:
-        rows: Runs with `label`, `thresholds` and the column, a list over thresholds; runs of one
-            label are averaged, and a threshold without a value is left out.
-        column: What to draw.
-    """
-    title = "Interpretable features" if column == "n_features" else "Offline score"
-    figure = _figure(f"{title} above a threshold", "threshold", title)
-    for i, label in enumerate(dict.fromkeys(row["label"] for row in rows)):
-        own = [row for row in rows if row["label"] == label]
-        points = []
-        for at, threshold in enumerate(own[0]["thresholds"]):
-            known = [row[column][at] for row in own if row[column][at] is not None]
-            if known:
-                points.append((threshold, sum(known) / len(known)))
-        figure.add_scatter(
-            x=[x for x, _ in points],
-            y=[y for _, y in points],
-            name=label,
-            mode="lines+markers",
-            line={"color": _color(i)},
-        )
-    return figure
-
-
-def feature_profiles(features: list[dict[str, Any]], blocks: list[int]) -> go.Figure:
-    """Mean activation of a few features by block, relative to their largest (Figure 1).
-
-    Args:
-        features: Each with `kind`, `feature` and `activation_by_layer`.
-        blocks: The routed blocks, in order.
-    """
-    figure = _figure("Activation by block", "block", "share of the largest")
-    kinds = list(dict.fromkeys(shown["kind"] for shown in features))
-    for shown in features:
-        top = max(*shown["activation_by_layer"], 1e-12)
-        kind = kinds.index(shown["kind"])
-        figure.add_scatter(
-            x=blocks,
-            y=[value / top for value in shown["activation_by_layer"]],
-            name=f"{shown['kind']} {shown['feature']}",
-            mode="lines+markers",
-            line={"color": _color(kind), "dash": ("solid", "dot", "dash")[kind % 3]},
-        )
-    return figure
+def _add_line(
+    figure: go.Figure,
+    x: Sequence[Any],
+    y: Sequence[float],
+    name: str,
+    color: int,
+    dash: str | None = None,
+    mode: str = "lines+markers",
+) -> None:
+    line = {"color": _color(color), "dash": dash}
+    figure.add_scatter(x=x, y=y, name=name, mode=mode, line=line)
 
 
 def write_figure(figure: go.Figure, path: str | Path) -> list[Path]:
-    """Write `path`.html, self-contained, and `path`.svg; gives back both paths."""
+    """Write `path`.html, self-contained, and `path`.svg.
+
+    Returns:
+        Both paths.
+    """
     stem = Path(path)
     stem.parent.mkdir(parents=True, exist_ok=True)
     html, svg = stem.with_suffix(".html"), stem.with_suffix(".svg")
     figure.write_html(html, include_plotlyjs=True, full_html=True)
-    with rc_context({"svg.hashsalt": stem.name}):  # the same figure gives the same file
+    with rc_context({"svg.hashsalt": stem.name}):  # the same figure gives the same bytes
         _static(figure).savefig(svg, bbox_inches="tight", metadata={"Date": None})
     return [html, svg]
 
@@ -228,10 +255,10 @@ def _static(figure: go.Figure) -> StaticFigure:
     axes.set_xlabel(layout.xaxis.title.text or "")
     axes.set_ylabel(layout.yaxis.title.text or "")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the lines
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # next to the axes
     return static
 
 
 def _rgb(color: str) -> tuple[float, ...]:
-    """`rgb(136, 204, 238)` as matplotlib wants it."""
+    """Red, green and blue from 0 to 1, as matplotlib takes them, of `rgb(136, 204, 238)`."""
     return tuple(int(part) / 255 for part in color.removeprefix("rgb(").rstrip(")").split(","))

@@ -3,11 +3,11 @@
     python scripts/train_demo_model.py --out sae_lens_route/demo --work build/demo-model
 
 Byte-level BPE tokenizer (2,048 tokens, trained on the training split), context 256, every window
-opened by BOS as TransformerLens does. Muon for the block matrices, AdamW for the rest, constant
+starting with BOS as in TransformerLens. Muon for the block matrices, AdamW for the rest, constant
 learning rate with a linear decay over the last 40 %. bfloat16 autocast through `torch.compile`:
-about 9,000 tokens/s on two AVX512-BF16 cores. Safe to interrupt: it resumes from `--work`.
-Weights are rounded to bfloat16 before the final evaluation, so the numbers in `INFO.json` are those
-of the shipped file.
+about 9,000 tokens/s on two AVX512-BF16 cores. An interrupted run resumes from
+`--work`. Weights are rounded to bfloat16 before the final evaluation, so the numbers in `INFO.json`
+are those of the shipped file.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sae_lens_route.corpus import documents
+from sae_lens_route.data.demo_corpus import documents
 
 CONTEXT = 256
 VOCABULARY = 2048
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
-LIBRARY_COPIES = 2  # the library's own files are shown twice as often as its tests
+LIBRARY_COPIES = 2  # the library's files are repeated twice as often as its tests
 
 
 def train_tokenizer(texts: tuple[str, ...]) -> Tokenizer:
@@ -57,7 +57,7 @@ def encode(tokenizer: Tokenizer, texts: tuple[str, ...]) -> list[np.ndarray]:
 
 
 def windows(docs: list[np.ndarray]) -> Tensor:
-    """Documents laid end to end and cut into `[n, CONTEXT]` windows that all open with BOS."""
+    """Concatenated documents, cut into `[n, CONTEXT]` windows that all start with BOS."""
     stream = np.concatenate(docs)
     n = len(stream) // (CONTEXT - 1)
     body = stream[: n * (CONTEXT - 1)].reshape(n, CONTEXT - 1)
@@ -65,7 +65,7 @@ def windows(docs: list[np.ndarray]) -> Tensor:
 
 
 class Batches:
-    """Endless batches; documents are laid out anew and windows shuffled in every epoch."""
+    """Endless batches; documents and windows are shuffled again in every epoch."""
 
     def __init__(self, docs: list[np.ndarray], batch_size: int, start: int) -> None:
         self.docs, self.batch_size = docs, batch_size
@@ -272,7 +272,7 @@ def export(
     model = model.to(torch.bfloat16).float()
     text, corpus = "".join(heldout).encode(), "".join(library).encode()
     info = {
-        "corpus": "Python standard library, split by module (sae_lens_route.corpus)",
+        "corpus": "Python standard library, split by module (sae_lens_route.data.demo_corpus)",
         "heldout_bytes": len(text),
         "heldout_tokens": sum(map(len, heldout_docs)),
         "bits_per_byte": round(bits_per_byte(model, heldout_docs, len(text)), 4),

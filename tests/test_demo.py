@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from sae_lens_route.corpus import documents, split_of
+from sae_lens_route.data.demo_corpus import documents
 from sae_lens_route.demo import run_demo
-from sae_lens_route.models import DEMO_FOLDER, load_model
+from sae_lens_route.models.load import load_model
+from sae_lens_route.models.names import DEMO_FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +59,3 @@ def test_the_shipped_model_is_what_its_card_says():
     bits = float(nats) / torch.log(torch.tensor(2.0)) / n_bytes
     # a sample of 20,000 characters, so only roughly the whole's
     assert bits == pytest.approx(info["bits_per_byte"], rel=0.35)
-
-
-def test_the_split_is_by_module():
-    assert split_of("test_json") == split_of("_json") == split_of("json")
-    assert split_of("_pydecimal") == split_of("decimal")
-    train, heldout = set(documents("train")), set(documents("heldout"))
-    assert train and heldout and not train & heldout
-    assert 0.03 < sum(map(len, heldout)) / sum(map(len, train)) < 0.3
-
-
-def test_the_corpus_names_no_place_of_this_machine():
-    import sysconfig
-
-    stdlib = sysconfig.get_path("stdlib")
-    pages = [text for text in documents("train") if text.startswith("Python Library Documentation")]
-    assert pages and not any(stdlib in page for page in pages)

@@ -1,0 +1,104 @@
+"""The demo corpus: text that every Python user already has.
+
+Source and docstrings of the standard library, the help pages of its C modules and the language
+reference (`pydoc_data.topics`), split *by module*: every file of a module, its tests included,
+falls on the same side, so held-out text is never a near copy of training text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.machinery
+import importlib.util
+import pydoc
+import random
+import re
+import sys
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from sae_lens_route.errors import UserError
+
+Split = Literal["train", "heldout"]
+
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
+_TEST_FOLDERS = {"test", "tests", "idle_test"}
+_MIN_CHARACTERS = 200
+
+
+def split_of(module: str) -> Split:
+    """The side of the split a module is on: one module in ten, by a hash of its name, is held out.
+
+    `_json`, `test_json` and `json` are one module, as are `_pydecimal` and `decimal`.
+    """
+    name = module.removeprefix("test_").removeprefix("_py").lstrip("_")
+    return "heldout" if hashlib.sha256(name.encode()).digest()[0] % 10 == 0 else "train"
+
+
+@cache
+def documents(split: Split, *, tests: bool = False) -> tuple[str, ...]:
+    """The documents of one side of the split, in a fixed shuffled order.
+
+    Args:
+        split: "train" or "heldout".
+        tests: Whether to add the standard library's tests, which some distributions leave out.
+
+    Raises:
+        UserError: the interpreter ships no library source (a zipped or stripped Python).
+    """
+    texts = [
+        text
+        for module, text in (*_source_files(tests), *_reference_topics(), *_c_module_help())
+        if split_of(module) == split and len(text) >= _MIN_CHARACTERS
+    ]
+    if not texts:
+        raise UserError(
+            f"no standard library source in {sysconfig.get_path('stdlib')!r}: this Python was "
+            "installed without it; set dataset_path to another dataset than 'demo'"
+        )
+    random.Random(0).shuffle(texts)
+    return tuple(texts)
+
+
+def _source_files(tests: bool) -> Iterator[tuple[str, str]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        in_tests = bool(_TEST_FOLDERS.intersection(parts[:-1]))
+        generated = path.name.startswith(("_sysconfigdata", "config-"))
+        if _SKIPPED_FOLDERS.intersection(parts) or generated or (in_tests and not tests):
+            continue
+        top, *below = parts
+        module = below[0] if top == "test" and below else top
+        try:
+            with tokenize.open(path) as file:
+                yield module.removesuffix(".py"), file.read()
+        except (SyntaxError, UnicodeDecodeError):  # files that test the decoder
+            continue
+
+
+def _reference_topics() -> Iterator[tuple[str, str]]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return
+    yield from sorted(topics.items())
+
+
+def _c_module_help() -> Iterator[tuple[str, str]]:
+    extension = tuple(importlib.machinery.EXTENSION_SUFFIXES)
+    for name in sorted(sys.stdlib_module_names):
+        if name.startswith(("_", "xx")):
+            continue
+        try:
+            spec = importlib.util.find_spec(name)
+            if spec and (spec.origin == "built-in" or str(spec.origin).endswith(extension)):
+                page = pydoc.plain(pydoc.render_doc(name))
+                # the sections after these headings differ between machines (sys.path, file names)
+                yield name, re.split(r"\n(?:DATA|FILE)\n", page)[0]
+        except (ImportError, pydoc.ErrorDuringImport):
+            continue

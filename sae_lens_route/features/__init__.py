@@ -1,0 +1,1 @@
+"""Features: contexts, block profiles, and scores by judges, people and surface cues."""

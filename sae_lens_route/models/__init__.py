@@ -1,0 +1,1 @@
+"""Language models: loading them, what differs between their kinds, and generation."""

@@ -1,0 +1,1 @@
+"""Training one SAE, or many on one stream of activations."""

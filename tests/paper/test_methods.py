@@ -1,0 +1,72 @@
+"""The records of the methods: each can be trained, and differs from the others as it says."""
+
+import pytest
+
+from sae_lens_route.paper.methods import (
+    CROSSCODER,
+    JUMPRELU,
+    METHODS,
+    RELU,
+    ROUTE,
+    TOPK,
+    Method,
+    Target,
+    shown_in,
+)
+from sae_lens_route.training.entries import expand_runs
+
+TARGET = Target(k=8, d_in=64, routed_blocks=(2, 5, 9), n_steps=100)
+
+
+def settings(method: Method, target: Target = TARGET) -> dict:
+    return method.settings(target)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
+def test_saelens_knows_every_method(method: Method) -> None:
+    (entry,) = expand_runs({method.label: {"d_sae": 128, **settings(method)}}, 64, [3]).values()
+    assert entry.label == method.label and entry.seed == 3
+
+
+def test_labels_are_unique() -> None:
+    assert len({method.label for method in METHODS}) == len(METHODS)
+
+
+def test_single_layer_baselines_read_the_last_routed_block() -> None:
+    assert all(settings(method)["blocks"] == [9] for method in (TOPK, RELU, JUMPRELU))
+    assert "blocks" not in settings(ROUTE) and "blocks" not in settings(CROSSCODER)
+
+
+def test_without_the_last_block_leaves_the_others() -> None:
+    variant = METHODS[-1]
+    assert variant.label == "without the last block"
+    assert settings(variant) == {"k": 8, "blocks": [2, 5]}
+    assert settings(variant, TARGET._replace(routed_blocks=(9,))) == {"k": 8}
+
+
+def test_penalties_are_those_read_off_at_16_and_fall_with_k() -> None:
+    at_16, at_32 = (settings(RELU, TARGET._replace(k=k))["l1_coefficient"] for k in (16, 32))
+    assert at_16 == 0.375 and at_32 < at_16
+    threshold = settings(JUMPRELU, TARGET._replace(k=16))["jumprelu_init_threshold"]
+    assert threshold == pytest.approx(0.079 * 8)
+    assert settings(CROSSCODER)["l1_warm_up_steps"] == 25
+
+
+def test_differences_change_one_setting_of_the_routesae() -> None:
+    for method in METHODS:
+        if method.is_difference:
+            (changed,) = settings(method).keys() - settings(ROUTE).keys()
+            assert settings(method) == settings(ROUTE) | {changed: settings(method)[changed]}
+
+
+def test_every_table_of_sparsities_shows_traded_methods() -> None:
+    for exhibit in ("sparsity", "aggregation", "soft"):
+        shown = shown_in(exhibit)
+        assert ROUTE in shown and all(method.is_traded for method in shown)
+    assert not any(method.is_traded for method in METHODS if method.is_difference)
+
+
+def test_a_router_with_a_twin_is_hard() -> None:
+    for method in METHODS:
+        if method.has_twin:
+            assert settings(method).get("routing", "hard") == "hard"

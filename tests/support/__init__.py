@@ -1,0 +1,1 @@
+"""What several test modules use: small real models and SAEs, and independent computations."""
