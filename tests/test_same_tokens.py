@@ -52,7 +52,9 @@ def test_the_same_tokens_take_part(tinyllama, rule):
 
     evaluation = evaluate(tinyllama, sae, contexts)
     assert evaluation.reconstruction.n_tokens == kept.sum()
-    assert evaluation.reconstruction.norm_mse == pytest.approx(float(error.detach().mean()), rel=1e-4)
+    assert evaluation.reconstruction.norm_mse == pytest.approx(
+        float(error.detach().mean()), rel=1e-4
+    )
     assert evaluation.downstream is not None and evaluation.downstream.n_tokens == kept.sum()
 
     table = find_contexts(sae, activation_batches(tinyllama, sae, contexts), tinyllama.tokenizer)

@@ -14,8 +14,8 @@ A name and a few options may be taken from such a file, because none of them run
 
 Every other option is refused by name. So is a model whose loading would run or fetch code, whatever
 the options: names for which TransformerLens sets `trust_remote_code` by itself, weights that are
-pickles, attention kernels from the Hub, adapters, and models with more than a text decoder, for
-which TransformerLens installs packages.
+pickles, a `custom_generate` folder, attention kernels from the Hub, adapters, and models with more
+than a text decoder, for which TransformerLens installs packages.
 """
 
 from __future__ import annotations
@@ -142,6 +142,8 @@ def _check_files(model_name: str, folder: Path) -> None:
                 f"model_name={model_name!r}: no {_WEIGHTS} in this folder, and weights in other "
                 "formats are not read"
             )
+    if (folder / "custom_generate").exists():  # transformers 4 runs it without being asked to
+        raise _refused(f"model_name={model_name!r}: custom_generate/ holds code")
     if (folder / "adapter_config.json").exists():
         raise _refused(f"model_name={model_name!r}: adapter_config.json names another model")
 

@@ -21,7 +21,6 @@ GREEDY = Sampling(2, False, 1.0, None, None, use_cache=True)
 LOADS_WITHOUT_ITS_PAYLOAD = {
     "known_type",
     "extra_pickles",
-    "custom_generate",
     "chat_template",
     "importable",
 }
