@@ -19,6 +19,7 @@ import random
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from tqdm import std
 from tqdm.auto import tqdm
 from training_runs import (
     OUTPUT,
@@ -274,6 +276,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / "kills.json")
     arguments = parser.parse_args()
     tqdm.monitor_interval = 0  # no thread in the process that forks
+    # tqdm's own lock is shared with the forked processes, and a killed one may hold it
+    std.tqdm.set_lock(threading.RLock())
     started = time.perf_counter()
     prepare()
     with tempfile.TemporaryDirectory(prefix="kills-") as base:
