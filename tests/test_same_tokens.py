@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from support.small import TINYLLAMA_SPECIAL, small_config, tokens_dataset
+from support.small import is_kept, small_config, tokens_dataset
 
 from sae_lens_route import activation_batches, evaluate, find_contexts, steer
 from sae_lens_route.dashboards.collect import collect
@@ -19,13 +19,6 @@ RULES = {
     "positions": {"seqpos_slice": (1, 12)},
     "custom and positions": {"exclude_special_tokens": [7, 8, 9], "seqpos_slice": (2, 10)},
 }
-
-
-def is_kept(token, position, exclude_special_tokens=True, seqpos_slice=(None,)):
-    """The rule, token by token."""
-    excluded = exclude_special_tokens or []
-    excluded = TINYLLAMA_SPECIAL if excluded is True else excluded
-    return token not in excluded and position in range(64)[slice(*seqpos_slice)]
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)

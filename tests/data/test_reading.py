@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from support.small import TINYLLAMA_SPECIAL, TINYLLAMA_WIDTH, small_config, tokens_dataset
+from support.small import TINYLLAMA_WIDTH, is_kept, small_config, tokens_dataset
 
 from sae_lens_route.data.activations import RoutedActivationsStore
 from sae_lens_route.data.reading import activation_batches, kept_activations
@@ -43,13 +43,6 @@ def new_sae(blocks=(3, 4, 6), **metadata):
     }.items():
         sae.cfg.metadata[name] = value
     return sae
-
-
-def is_kept(token, position, exclude_special_tokens=True, seqpos_slice=(None,)):
-    """The rule again, token by token."""
-    excluded = exclude_special_tokens or []
-    excluded = TINYLLAMA_SPECIAL if excluded is True else excluded
-    return token not in excluded and position in range(16)[slice(*seqpos_slice)]
 
 
 @pytest.mark.parametrize("settings", KEEPING.values(), ids=KEEPING)

@@ -39,3 +39,10 @@ def small_config(output_path: Path | None, **changes: Any) -> RouteSAERunnerConf
         **changes,
     }
     return RouteSAERunnerConfig(sae=RouteTopKTrainingSAEConfig(**sae), **fields)
+
+
+def is_kept(token, position, exclude_special_tokens=True, seqpos_slice=(None,)):
+    """Whether a token takes part: the rule of `KeptTokens` again, token by token."""
+    excluded = exclude_special_tokens or []
+    excluded = TINYLLAMA_SPECIAL if excluded is True else excluded
+    return token not in excluded and position in range(64)[slice(*seqpos_slice)]
