@@ -74,12 +74,15 @@ def test_a_loss_of_nan_stops_the_run(tinyllama):
 
 def test_the_first_signal_asks_for_a_stop_and_the_second_acts():
     trainer = SimpleNamespace(stop_requested=False)
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), stop_after_this_step(trainer):
-        os.kill(os.getpid(), signal.SIGINT)
-        assert trainer.stop_requested
-        os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    others = signal.signal(signal.SIGINT, signal.default_int_handler)  # SAELens's runners leave one
+    try:
+        with pytest.raises(KeyboardInterrupt), stop_after_this_step(trainer):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert trainer.stop_requested
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, others)
 
 
 @pytest.mark.parametrize("architecture", ["route_topk", "multi_layer_topk", "crosscoder_topk"])
