@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from random_llama import random_llama
 
 from sae_lens_route import (
     RouteSAERunnerConfig,
@@ -51,29 +51,6 @@ KS = (8, 16, 24, 32, 48, 64)
 ALONE = 32
 TARGET = 2.0
 """Six dictionaries on one stream should cost at most this many times one."""
-
-
-def random_llama(shape: dict[str, int], folder: Path) -> Path:
-    """A 16-block Llama with random weights, saved with a small tokenizer."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=shape["d"],
-        intermediate_size=4 * shape["d"],
-        num_hidden_layers=16,
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["heads"],
-        vocab_size=shape["vocab"],
-        max_position_embeddings=shape["context"],
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    from tokenizers import Tokenizer, models
-
-    vocabulary = {str(i): i for i in range(shape["vocab"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="0"))
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="0", eos_token="1"
-    ).save_pretrained(folder)
-    return folder
 
 
 def variants(

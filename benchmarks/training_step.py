@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from random_llama import random_llama
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sae_lens_route import RouteSAERunnerConfig, RouteTopKTrainingSAEConfig, load_model
 from sae_lens_route.data.activations import RoutedActivationsStore, residual_streams
@@ -45,29 +45,6 @@ SHAPES = {
         "context": 512,
     },
 }  # fmt: skip
-
-
-def random_llama(shape: dict[str, int], folder: Path) -> Path:
-    """A 16-block Llama with random weights, saved with a small tokenizer."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=shape["d"],
-        intermediate_size=4 * shape["d"],
-        num_hidden_layers=16,
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["heads"],
-        vocab_size=shape["vocab"],
-        max_position_embeddings=shape["context"],
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    from tokenizers import Tokenizer, models
-
-    vocabulary = {str(i): i for i in range(shape["vocab"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="0"))
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="0", eos_token="1"
-    ).save_pretrained(folder)
-    return folder
 
 
 def trainer(sae: Any, tokens: int, device: str) -> SAETrainer[Any, Any]:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from sae_lens_route.features.contexts import find_contexts
     from sae_lens_route.models.load import load_model
     from sae_lens_route.saes import RouteTopKTrainingSAEConfig
+    from sae_lens_route.saes.saved import load_saved_sae
     from sae_lens_route.splice import RouteSAETransformer, attach
+    from sae_lens_route.splice.language_model import load_model_of
     from sae_lens_route.steering import FeatureEdit, steer
     from sae_lens_route.training.entries import SweepEntry
     from sae_lens_route.training.runner import RouteSAETrainingRunner
@@ -41,6 +43,8 @@ __all__ = [
     "evaluate",
     "find_contexts",
     "load_model",
+    "load_model_of",
+    "load_saved_sae",
     "steer",
     "write_dashboard",
 ]
@@ -59,6 +63,8 @@ _MODULE_OF = {
     "evaluate": "evals.evaluate",
     "find_contexts": "features.contexts",
     "load_model": "models.load",
+    "load_model_of": "splice.language_model",
+    "load_saved_sae": "saes.saved",
     "steer": "steering",
     "write_dashboard": "dashboards",
 }

@@ -71,14 +71,15 @@ def append_lines(path: Path, lines: Sequence[str]) -> None:
         UserError: the disk or the folder does not take them.
     """
     content = "".join(f"{line}\n" for line in lines).encode()
-    with disk_errors(path), path.open("ab", buffering=0) as file:
-        size = file.tell()
+    with disk_errors(path):
+        size = path.stat().st_size if path.exists() else 0
         try:
-            while content:
-                content = content[file.write(content) :]
-        except OSError:
+            with path.open("ab", buffering=0) as file:
+                while content:
+                    content = content[file.write(content) :]
+        except OSError:  # closing the file can fail, too
             with suppress(OSError):
-                file.truncate(size)
+                os.truncate(path, size)
             raise
 
 
@@ -89,7 +90,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     A folder that is already there is replaced.
 
     Raises:
-        UserError: the disk or the parent folder does not take it; `path` is as it was.
+        UserError: the disk or the parent folder does not take it; `path` is as it was, or whole.
     """
     replaced = _temporary(path).with_suffix(".replaced")
     with _temporary_folder(path) as temporary:
@@ -97,7 +98,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         _flush_tree(temporary)
         if path.exists():
             path.rename(replaced)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(path)
+            raise
         _flush(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -120,7 +126,11 @@ def new_files(folder: Path, last: str) -> Iterator[Path]:
         names = sorted(path.name for path in temporary.iterdir())
         for name in sorted(names, key=lambda name: name == last):
             (temporary / name).replace(folder / name)
-        _flush(folder)
+        try:
+            _flush(folder)
+        except OSError:
+            (folder / last).unlink()
+            raise
 
 
 def remove_folder(path: Path) -> None:
@@ -132,10 +142,18 @@ def remove_folder(path: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what a killed process left unfinished in a folder and in the folders below."""
-    for path in list(folder.rglob(f"{_UNFINISHED}*")):
+    """Delete what a killed process left unfinished in a folder and in the folders below.
+
+    What cannot be deleted stays until the next call.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    with disk_errors(folder):
+        paths = list(folder.rglob(f"{_UNFINISHED}*"))
+    for path in paths:
         shutil.rmtree(path, ignore_errors=True)
-        if path.is_file():
+        with suppress(OSError):
             path.unlink(missing_ok=True)
 
 
@@ -163,9 +181,12 @@ def locked(folder: Path) -> Iterator[None]:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
-    with file:
+    try:
         lock(file, f"output_path={str(folder)!r}")
         yield
+    finally:
+        with suppress(OSError):  # nothing was written to it
+            file.close()
 
 
 def lock(file: IO[Any], name: str) -> None:

@@ -13,11 +13,14 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import plotly.graph_objects as go
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as StaticFigure
 from plotly.colors import qualitative
 
 from sae_lens_route.evals.comparison import SweepRow
+from sae_lens_route.evals.concepts import DictionaryScores, LevelScore
 from sae_lens_route.evals.reconstruction import ReconstructionMetrics
+from sae_lens_route.features.raters import Agreement
 
 COLORS = qualitative.Safe
 
@@ -161,6 +164,96 @@ def feature_profiles(profiles: Sequence[FeatureByBlock]) -> go.Figure:
     return figure
 
 
+def judge_agreement(result: Agreement, names: tuple[str, str]) -> go.Figure:
+    """How many features each of two judges gave every score (paper, Figure 7).
+
+    Args:
+        result: The comparison; its shares stand in the title.
+        names: Of the first judge and the second.
+    """
+    title = f"{result.n} features scored by two judges"
+    if result.exact is not None and result.within_one is not None:
+        title += f": {result.exact:.0%} equal, {result.within_one:.0%} within one"
+    figure = _figure(title, "score", "features")
+    first, second = result.counts, zip(*result.counts, strict=True)
+    totals = [[sum(row) for row in rows] for rows in (first, second)]
+    for i, (name, counts) in enumerate(zip(names, totals, strict=True)):
+        _add_bars(figure, {score: float(n) for score, n in enumerate(counts, 1)}, name, i)
+    figure.update_xaxes(type="category")
+    return figure
+
+
+def concept_recovery(dictionaries: Mapping[str, DictionaryScores]) -> go.Figure:
+    """Mean F1 of the best single features by level of the concepts, with 95 % intervals.
+
+    Args:
+        dictionaries: Scores on the same text; "permuted labels" is the mean of their chance levels.
+    """
+    figure = _figure("Concepts recovered by single features", "level of the concepts", "mean F1")
+    chance: dict[str, list[float]] = defaultdict(list)
+    for i, (name, scores) in enumerate(dictionaries.items()):
+        levels = {"all": scores.overall, **scores.levels}
+        _add_bars(figure, {level: score.f1 for level, score in levels.items()}, name, i)
+        figure.data[-1].error_y = _interval(list(levels.values()))
+        for level, score in levels.items():
+            chance[level].append(score.f1_shuffled)
+    y = [_mean(values) for values in chance.values()]
+    _add_line(figure, list(chance), y, "permuted labels", len(dictionaries), mode="markers")
+    figure.update_xaxes(type="category")
+    return figure
+
+
+def concept_recovery_by_block(
+    single_layers: Mapping[int, DictionaryScores], others: Mapping[str, DictionaryScores]
+) -> go.Figure:
+    """Mean F1 over all concepts: single layers as a curve over blocks, others as horizontal lines.
+
+    Args:
+        single_layers: Scores of a dictionary for each block.
+        others: Scores of dictionaries that read several blocks.
+    """
+    figure = _figure("Concepts recovered by single features", "block", "mean F1")
+    blocks = sorted(single_layers)
+    overall = [single_layers[block].overall for block in blocks]
+    _add_line(figure, blocks, [score.f1 for score in overall], "single layer", 0)
+    figure.data[-1].error_y = _interval(overall)
+    for i, (name, scores) in enumerate(others.items(), start=1):
+        y = [scores.overall.f1] * 2
+        _add_line(figure, [blocks[0], blocks[-1]], y, name, i, "dash", mode="lines")
+    return figure
+
+
+def concept_blocks(scores: DictionaryScores, min_f1: float = 0.5) -> go.Figure:
+    """Blocks where the features live that recover the concepts of each level (Figure 1).
+
+    Args:
+        scores: Of one dictionary.
+        min_f1: The least F1, on the test half, of a concept that counts as recovered.
+    """
+    figure = _figure("Where recovered concepts live", "block", "share of the features")
+    recovered = [concept for concept in scores.concepts if concept.f1 >= min_f1]
+    blocks = sorted({block for concept in recovered for block in concept.share_by_block})
+    for i, level in enumerate(scores.levels):
+        shares = [concept.share_by_block for concept in recovered if concept.level == level]
+        if shares:
+            by_block = {b: _mean([share.get(b, 0.0) for share in shares]) for b in blocks}
+            _add_bars(figure, by_block, f"{level} ({len(shares)})", i)
+    figure.update_xaxes(type="category")
+    return figure
+
+
+def _interval(scores: Sequence[LevelScore]) -> dict[str, Any]:
+    """Error bars in plotly's form."""
+    lows, highs = zip(*(score.f1_interval for score in scores), strict=True)
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [max(0.0, high - s.f1) for high, s in zip(highs, scores, strict=True)],
+        "arrayminus": [max(0.0, s.f1 - low) for low, s in zip(lows, scores, strict=True)],
+        "color": "rgb(76,76,76)",
+    }
+
+
 Labeled = TypeVar("Labeled", TradeoffPoint, ThresholdCurve)
 
 
@@ -191,9 +284,9 @@ def _figure(title: str, x_title: str, y_title: str) -> go.Figure:
     return figure
 
 
-def _add_bars(figure: go.Figure, by_block: Mapping[int, float], name: str, index: int) -> None:
-    blocks, values = [str(block) for block in by_block], list(by_block.values())
-    figure.add_bar(x=blocks, y=values, name=name, marker={"color": _color(index)})
+def _add_bars(figure: go.Figure, by_group: Mapping[Any, float], name: str, index: int) -> None:
+    groups, values = [str(group) for group in by_group], list(by_group.values())
+    figure.add_bar(x=groups, y=values, name=name, marker={"color": _color(index)})
 
 
 def _add_line(
@@ -235,6 +328,7 @@ def _static(figure: go.Figure) -> StaticFigure:
         width = 0.8 / len(bars)
         at = [categories.index(x) + (i + 0.5) * width - 0.4 for x in trace.x]
         axes.bar(at, trace.y, width, label=trace.name, color=_rgb(trace.marker.color))
+        _draw_errors(axes, at, trace)
     for trace in traces:
         if trace.type == "scatter":
             at = [categories.index(x) for x in trace.x] if categories else trace.x
@@ -248,6 +342,7 @@ def _static(figure: go.Figure) -> StaticFigure:
                 label=trace.name if trace.showlegend is not False else "_unlisted",
                 color=_rgb(trace.line.color),
             )
+            _draw_errors(axes, at, trace)
     if categories:
         axes.set_xticks(range(len(categories)), [str(c) for c in categories])
     layout = figure.layout
@@ -257,6 +352,13 @@ def _static(figure: go.Figure) -> StaticFigure:
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # next to the axes
     return static
+
+
+def _draw_errors(axes: Axes, at: Sequence[Any], trace: Any) -> None:
+    error = trace.error_y
+    if error.array is not None:
+        span = [error.arrayminus, error.array]
+        axes.errorbar(at, trace.y, span, fmt="none", ecolor="0.3", elinewidth=1)
 
 
 def _rgb(color: str) -> tuple[float, ...]:

@@ -23,7 +23,8 @@ def typed(kind: Any, value: Any) -> Any:
     """A value of the type `kind` from its plain form, such as JSON: the reverse of `plain`.
 
     Keys of a dict, which are text in JSON, get their type again. Of several records in a union, the
-    one whose fields the value has is taken. A record may also be a list of its fields.
+    one whose fields the value has is taken; those of a NamedTuple with a default may be missing. A
+    record may also be a list of its fields.
     """
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
@@ -45,5 +46,8 @@ def _is_record(kind: Any) -> bool:
 
 def _fits(kind: Any, value: Any) -> bool:
     if _is_record(kind):
-        return isinstance(value, Mapping) and value.keys() == get_type_hints(kind).keys()
+        if not isinstance(value, Mapping):
+            return False
+        fields, optional = get_type_hints(kind).keys(), getattr(kind, "_field_defaults", {}).keys()
+        return fields - optional <= value.keys() <= fields
     return get_origin(kind) is type(value)

@@ -1,7 +1,10 @@
 """Nothing here touches the network, and shapes in annotations are checked while the tests run."""
 
 import os
+from tempfile import TemporaryDirectory
 
+MODULES = TemporaryDirectory()  # where transformers puts the code of models that are trusted
+os.environ["HF_MODULES_CACHE"] = MODULES.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
@@ -36,6 +39,12 @@ def pytest_report_header() -> str:
     return "environment: " + ", ".join(f"{name} {version(name)}" for name in names)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the fixtures
+def pytest_runtest_setup() -> None:
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory):
     """`make_model(kind, n_layers)`: a small random model in float64, made once."""
@@ -64,13 +73,13 @@ def make_model(tmp_path_factory):
     return make
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Tensors this small take much longer on several threads than on one."""
-    threads = torch.get_num_threads()
+    """For fixtures of every scope: the last bits of a sum depend on the number of threads.
+
+    Tensors this small also take much longer on several threads than on one.
+    """
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

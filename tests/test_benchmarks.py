@@ -10,6 +10,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ARGUMENTS = {
     "contexts.py": ["--tiny"],
+    "evaluation.py": ["--shape", "tiny", "--rounds", 1],
     "routing_collapse.py": ["--training-tokens", 4096, "--eval-tokens", 512, "--seeds", 1],
     "routing_gain.py": ["--training-tokens", 4096, "--eval-tokens", 512, "--seeds", 2],
     "splice.py": ["--tiny"],
@@ -23,10 +24,11 @@ ARGUMENTS = {
 def test_runs_and_writes_json(name, tmp_path, monkeypatch):
     output = tmp_path / "result.json"
     arguments = [str(a).format(tmp=tmp_path / "work") for a in ARGUMENTS[name]]
+    monkeypatch.syspath_prepend(BENCHMARKS)  # as `python benchmarks/NAME` does
     monkeypatch.setattr(sys, "argv", [name, *arguments, "--output", str(output)])
     runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
     assert json.loads(output.read_text())
 
 
 def test_every_benchmark_is_run_here():
-    assert {path.name for path in BENCHMARKS.glob("*.py")} == set(ARGUMENTS)
+    assert {path.name for path in BENCHMARKS.glob("*.py")} == {*ARGUMENTS, "random_llama.py"}

@@ -16,12 +16,36 @@ from sae_lens_route.config import (
     runner_config,
     trainable_architectures,
 )
+from sae_lens_route.config_sweep import sweep_config
+from sae_lens_route.training.entries import expand_runs
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 
 
-@pytest.mark.parametrize("path", CONFIGS.glob("*.yaml"), ids=lambda path: path.stem)
-def test_configuration_files_that_ship(path):
+PAPERS = ["gpt2", "llama-3.2-1b-instruct", "pythia-160m"]
+
+
+def test_every_configuration_file_that_ships_is_tried_here():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*PAPERS, "smollm2-135m"}
+
+
+def test_the_configuration_of_smollm2():
+    cfg = RouteSAERunnerConfig.from_file(CONFIGS / "smollm2-135m.yaml")
+    assert (cfg.sae.d_in, cfg.sae.d_sae, cfg.sae.k) == (576, 8 * 576, 32)
+    assert cfg.routed_blocks == list(range(6, 22))
+
+
+@pytest.mark.parametrize("path", (CONFIGS / "sweeps").glob("*.yaml"), ids=lambda path: path.stem)
+def test_sweeps_that_ship(path):
+    cfg, runs, seeds = sweep_config(path)
+    entries = expand_runs(runs, cfg.d_model, seeds)
+    assert len(entries) == 3 * len(runs) and seeds == [0, 1, 2]
+    assert {entry.sae.k for entry in entries.values()} == {32}
+    assert cfg.output_path == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("path", [CONFIGS / f"{name}.yaml" for name in PAPERS], ids=PAPERS)
+def test_configuration_files_with_the_papers_settings(path):
     cfg = RouteSAERunnerConfig.from_file(path)
     assert cfg.lr == 5e-4 and cfg.sae.k == 64 and cfg.sae.d_sae == 8 * cfg.sae.d_in
     assert cfg.total_training_steps == 100_000_000 // (64 * 512)

@@ -46,6 +46,18 @@ def test_records_are_read_as_they_were_written(drawing: Drawing) -> None:
     assert through_json(list[Drawing], [drawing]) == [drawing]
 
 
+class Dot(NamedTuple):
+    x: int
+    size: float
+    color: str | None = None
+
+
+def test_fields_that_earlier_files_lack_get_their_default() -> None:
+    assert typed(Point | Dot, {"x": 1, "size": 2.0}) == Dot(1, 2.0)
+    assert typed(list[Point | Dot], [{"x": 1}]) == [Point(1)]
+    assert typed(Point | Line, {"y": 1.0}) == {"y": 1.0}
+
+
 def test_plain_values_are_those_of_json() -> None:
     assert plain(Line(Point(1), Point(2, 3.0))) == {
         "start": {"x": 1, "y": None},

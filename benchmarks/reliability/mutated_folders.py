@@ -1,6 +1,6 @@
 """Load saved SAEs with one thing wrong, thousands of them, in every way there is.
 
-`tests/support/mutants.py` makes the mutants: 18 good folders (nine kinds of SAE, each as it is
+`tests/support/mutants.py` makes the mutants of 18 good folders (nine kinds of SAE, each as it is
 saved now and as before 0.1.0, without digests), in each copy one change of `cfg.json` (fields
 removed, renamed, retyped, replaced; lists; the architecture; metadata; damaged JSON), of the
 weights (values, shapes, names, dtypes; flipped bits, headers, lengths) or of the files. Three ways
@@ -14,7 +14,7 @@ What is accepted must be what the files say: the function of the loaded SAE is c
 the files alone, in float64, and metadata is compared with itself. Where digests are, the weights
 must be bit-identical to those that were saved.
 
-    python benchmarks/reliability/mutated_folders.py --n 20000
+    python benchmarks/reliability/mutated_folders.py --n 20000 --seed 1
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from support.mutants import Mutant, good_folders, mutants, outcome, time_limit  # noqa: E402
+from support.mutant_outcomes import outcome, time_limit  # noqa: E402
+from support.mutants import Mutant, mutants  # noqa: E402
+from support.saved_folders import good_folders  # noqa: E402
 
 from sae_lens_route.cli import app  # noqa: E402
 from sae_lens_route.errors import UserError  # noqa: E402
@@ -46,6 +48,7 @@ from sae_lens_route.saes.saved import load_saved_sae  # noqa: E402
 from sae_lens_route.saes.streams import StreamsSAEMixin  # noqa: E402
 
 PACKAGE = ROOT / "sae_lens_route"
+SCRIPT = "benchmarks/reliability/mutated_folders.py"
 RESULTS = ROOT / "benchmarks" / "results" / "reliability" / "mutated_folders.json"
 EXPECTED = {"refused", "as saved", "as the files say", "JSON", "one line"}
 
@@ -123,7 +126,7 @@ def main() -> None:
                 if result not in EXPECTED | {"SAELens's error"}:
                     failures.append(f"{way}: {mutant.base.name}: {mutant.kind}: {result}"[:300])
     content = {
-        "command": f"python benchmarks/reliability/mutated_folders.py --n {arguments.n}",
+        "command": f"python {SCRIPT} --n {arguments.n} --seed {arguments.seed}",
         "versions": {name: version(name) for name in ("torch", "sae-lens", "safetensors")},
         "seconds": time.perf_counter() - start,
         "counts": {way: dict(sorted(each.items())) for way, each in counts.items()},

@@ -21,7 +21,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ SWEEP = {
 
 _NOT_COMPARED = {"checkpoint_path", "resume_from_checkpoint", "keep_checkpoints", "n_checkpoints"}
 _NOT_COMPARED |= {"tokens_per_second"}
+_AT_THE_END = ("l0", "num_dead_features")
+"""Of an SAE's metadata, which a checkpoint has if only the final save was left."""
 _SECONDS = 120.0
 """After which a process that should have ended counts as hanging."""
 
@@ -78,12 +81,14 @@ class Scenario:
     Args:
         name: Name in the table.
         fields: Fields of the run that differ from those of `values`.
-        is_sweep: Whether it trains the entries of `SWEEP`.
+        is_sweep: Whether it trains many SAEs.
+        entries: Which, by name.
     """
 
     name: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     is_sweep: bool = False
+    entries: Mapping[str, Any] = field(default_factory=lambda: SWEEP)
 
     @property
     def values(self) -> dict[str, Any]:
@@ -133,7 +138,7 @@ class Scenario:
 
         cfg = runner_config({**self.values, **changes})
         try:
-            SweepRunner(cfg, expand_runs(SWEEP, cfg.d_model, [0])).run()
+            SweepRunner(cfg, expand_runs(self.entries, cfg.d_model, [0])).run()
         except UserError as error:  # as the command line ends
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error
@@ -289,13 +294,17 @@ def _difference(files: Mapping[str, str], whole: Mapping[str, str]) -> str:
 
 
 def _digest(path: Path) -> str:
-    if path.suffix == ".json":
-        content = json.dumps(_comparable(json.loads(path.read_text()))).encode()
-    elif path.suffix == ".jsonl":
-        records = [_comparable(json.loads(line)) for line in path.read_text().splitlines()]
-        content = json.dumps(records).encode()
-    else:
-        content = path.read_bytes()
+    content = path.read_bytes()
+    with suppress(ValueError):  # a line that is half written
+        if path.suffix == ".json":
+            record = json.loads(content)
+            if "checkpoints" in path.parts:
+                for name in _AT_THE_END:
+                    record.get("metadata", {}).pop(name, None)
+            content = json.dumps(_comparable(record)).encode()
+        elif path.suffix == ".jsonl":
+            records = [_comparable(json.loads(line)) for line in content.splitlines()]
+            content = json.dumps(records).encode()
     return hashlib.sha256(content).hexdigest()
 
 
@@ -335,7 +344,7 @@ def undisturbed(scenario: Scenario, folder: Path) -> tuple[Files, float]:
         RuntimeError: it does not train.
     """
     keeps_all = {key: v for key, v in scenario.fields.items() if key != "keep_checkpoints"}
-    scenario = Scenario(scenario.name, keeps_all, scenario.is_sweep)
+    scenario = replace(scenario, fields=keeps_all)
     scenario.write_inputs(folder)
     started = time.perf_counter()
     process = Process(folder, scenario.train)

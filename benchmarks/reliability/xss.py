@@ -7,7 +7,9 @@ become an element. As a control the texts are also put into a page as they are.
 
     tokens      `write_dashboard` with a vocabulary, a judge and a model name of these texts
     data        the same page with every text of its data replaced, each text in each place
-    figures     the interactive figures, labels and axis titles replaced
+    labels      the figures as they are drawn with labels and axis titles of these texts
+    SVG         the same figures for documents
+    figures     a figure with every kind of trace and every text of it replaced, each in each place
     SAEDashboard  its page of the same model (where the extra `dashboard` is installed)
 
     python benchmarks/reliability/xss.py
@@ -38,6 +40,7 @@ from support.xss import (  # noqa: E402
     every_token,
     hostile_answers,
     hostile_tokenizer_folder,
+    opened_alone,
     opened_by_a_user,
     texts_that_run,
     with_hostile_texts,
@@ -81,7 +84,7 @@ def dashboard_pages(model: Any, folder: Path, n: int) -> Iterator[tuple[str, Pat
         yield "data", page
 
 
-def figure_pages(folder: Path) -> Iterator[tuple[str, Path]]:
+def label_pages(folder: Path) -> Iterator[tuple[str, Path]]:
     """Figures whose labels and axis titles are the texts, ten at a time."""
     for i in range(0, len(CORPUS), 10):
         labels = CORPUS[i : i + 10]
@@ -95,8 +98,29 @@ def figure_pages(folder: Path) -> Iterator[tuple[str, Path]]:
             ),
         }
         for name, figure in figures.items():
-            html, _ = write_figure(figure, folder / f"{name}-{i}")
-            yield "figures", html
+            html, svg = write_figure(figure, folder / f"{name}-{i}")
+            yield "labels", html
+            yield "SVG", svg
+
+
+def figure_pages(folder: Path, n: int) -> Iterator[tuple[str, Path]]:
+    """A figure of bars and lines with the texts in every place that has one."""
+    points = [TradeoffPoint(str(i), (8,), 8.0, 0.5) for i in range(3)]
+    figure = tradeoff(points, "y").add_traces(routing_shares({"a": [{3: 0.5, 5: 0.5}]}).data)
+    for i in range(n):
+        texts = itertools.cycle(CORPUS[i:] + CORPUS[:i])
+        categories = [next(texts), next(texts)]
+        for trace in figure.data:
+            trace.update(name=next(texts), text=[next(texts)], hovertext=[next(texts)])
+            trace.x = categories[: len(trace.x)]
+        figure.update_layout(
+            title=next(texts),
+            xaxis={"title": next(texts), "type": "category"},
+            yaxis_title=next(texts),
+            legend_title=next(texts),
+            showlegend=True,
+        )
+        yield "figures", write_figure(figure, folder / f"figure-{i}")[0]
 
 
 def sae_dashboard_page(model: Any, folder: Path) -> Iterator[tuple[str, Path]]:
@@ -114,7 +138,7 @@ def sae_dashboard_page(model: Any, folder: Path) -> Iterator[tuple[str, Path]]:
 def main() -> None:
     """Open every page, print and write what became of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--n", type=int, default=len(CORPUS), help="pages with replaced data")
+    parser.add_argument("--n", type=int, default=len(CORPUS), help="pages with replaced texts")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if CHROMIUM is None:
@@ -126,11 +150,16 @@ def main() -> None:
         folder = Path(temporary)
         live = texts_that_run(folder)
         model = load_model(str(hostile_tokenizer_folder(folder / "model")))
-        sources = [dashboard_pages(model, folder, arguments.n), figure_pages(folder)]
+        sources = [
+            dashboard_pages(model, folder, arguments.n),
+            label_pages(folder),
+            figure_pages(folder, arguments.n),
+        ]
         if find_spec("sae_dashboard") is not None:
             sources.append(sae_dashboard_page(model, folder))
         for i, (kind, page) in enumerate(itertools.chain(*sources)):
-            opened = opened_by_a_user(page, folder / f"profile-{i}")
+            open_ = opened_alone if page.suffix == ".svg" else opened_by_a_user
+            opened = open_(page, folder / f"profile-{i}")
             pages[kind] = pages.get(kind, 0) + 1
             if opened.ran is not None:
                 failures.append(f"{page.name}: text {opened.ran} ran: {CORPUS[int(opened.ran)]}")

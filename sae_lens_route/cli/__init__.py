@@ -6,6 +6,8 @@ from sae_lens_route.cli.application import app
 # isort: off
 from sae_lens_route.cli import training  # noqa: F401
 from sae_lens_route.cli import reading  # noqa: F401
+from sae_lens_route.cli import concepts  # noqa: F401
+from sae_lens_route.cli import models  # noqa: F401
 # isort: on
 
 __all__ = ["app"]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sae_lens_route.errors import UserError
+from sae_lens_route.errors import UserError, reading_errors
 
 if TYPE_CHECKING:
     from sae_lens_route.features.judge_prompt import Answer
@@ -38,7 +38,7 @@ def load_routed_sae(path: Path, device: str, command: str) -> RoutedSAEMixin:
     return sae
 
 
-def held_out_text(dataset: str | None, trained_on: str) -> str:
+def held_out_text(dataset: str | None, trained_on: str | None) -> str:
     """The text to evaluate on: the one given, or else the demo corpus's held-out half.
 
     Raises:
@@ -60,6 +60,20 @@ def read_feature_table(folder: Path) -> FeatureTable:
     return FeatureTable.from_parquet(folder)
 
 
+def read_answers(path: Path) -> dict[int, Answer]:
+    """The answers of one judge: of a model (JSONL, as `interpret` writes) or a person (CSV sheet).
+
+    Raises:
+        UserError: there is no such file, or it holds something else.
+    """
+    from sae_lens_route.features.judge_results import answers, read_results
+    from sae_lens_route.features.raters import read_sheet
+
+    if not path.is_file():
+        raise UserError(f"{str(path)!r}: no such file; `interpret --model` writes a judge.jsonl")
+    return answers(read_results(path)) if path.suffix == ".jsonl" else read_sheet(path)
+
+
 def read_scores(folder: Path) -> dict[int, Answer | SurfaceScore]:
     """The scores that `interpret` wrote to a folder: a judge's, or else surface scores."""
     from sae_lens_route.features.judge_results import answers, read_results
@@ -68,5 +82,6 @@ def read_scores(folder: Path) -> dict[int, Answer | SurfaceScore]:
     judged, ranked = folder / "judge.jsonl", folder / "surface_ranking.json"
     if judged.exists():
         return {**answers(read_results(judged))}
-    rows = json.loads(ranked.read_text())["features"] if ranked.exists() else []
+    with reading_errors(repr(str(ranked))):
+        rows = json.loads(ranked.read_text())["features"] if ranked.exists() else []
     return {row["feature"]: SurfaceScore(**row) for row in rows}

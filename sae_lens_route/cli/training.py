@@ -9,6 +9,7 @@ import typer
 
 from sae_lens_route.cli.application import app, print_table
 from sae_lens_route.cli.field_options import FieldCommand, given_fields
+from sae_lens_route.cli.options import Dataset, EvalTokens, JudgeUrl
 from sae_lens_route.cli.saved import held_out_text
 from sae_lens_route.errors import UserError
 
@@ -79,11 +80,8 @@ def sweep(
     ],
     output_path: Annotated[Path | None, typer.Option(help="Overrides the file's.")] = None,
     device: Annotated[str | None, typer.Option(help="Overrides the file's.")] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(help="Held-out text.", show_default="the demo corpus's, for the demo corpus"),
-    ] = None,
-    eval_tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to read.")] = 50_000,
+    dataset: Dataset = None,
+    eval_tokens: EvalTokens = 50_000,
     resume_from_checkpoint: Annotated[
         Path | None, typer.Option(help="Resume from this checkpoint of the sweep.")
     ] = None,
@@ -123,7 +121,8 @@ def sweep(
     if divergences:
         written += write_figure(tradeoff(divergences, "KL, nats per token"), folder / "kl_by_l0")
     print_table(
-        ["", "parameters", "L0", "NormMSE", "KL", "dead"], [_cells(row) for row in result.rows]
+        ["", "parameters", "L0", "NormMSE", "KL", "dead", "dense"],
+        [_cells(row) for row in result.rows],
     )
     typer.echo('KL in nats per token; "-" where there is no one block to splice into')
     typer.echo(f"wrote {len(entries)} dictionaries, each to its folder in {folder}")
@@ -139,6 +138,7 @@ def _cells(row: SweepRow) -> list[object]:
         f"{row.norm_mse:.4f}",
         "-" if row.kl is None else f"{row.kl:.4f}",
         row.reconstruction.dead_features,
+        "-" if row.reconstruction.dense_features is None else row.reconstruction.dense_features,
     ]
 
 
@@ -201,20 +201,15 @@ def reproduce(
         list[int] | None, typer.Option(help="Another sparsity for the trade-off; repeatable.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of the main comparison.")] = 3,
-    dataset: Annotated[
-        str | None,
-        typer.Option(help="Held-out text.", show_default="the demo corpus's, for the demo"),
-    ] = None,
-    eval_tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to read.")] = 20_000,
+    dataset: Dataset = None,
+    eval_tokens: EvalTokens = 20_000,
     feature_tokens: Annotated[
         int, typer.Option(min=1, help="Held-out tokens to find contexts in.")
     ] = 30_000,
     judge: Annotated[
         str | None, typer.Option(help="Judge model.", show_default="only the surface score")
     ] = None,
-    base_url: Annotated[
-        str | None, typer.Option(help="OpenAI-compatible endpoint; key in OPENAI_API_KEY.")
-    ] = None,
+    base_url: JudgeUrl = None,
     page: Annotated[
         Path | None, typer.Option(help="Markdown file whose marked tables are rewritten.")
     ] = None,

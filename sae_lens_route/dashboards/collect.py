@@ -18,9 +18,11 @@ from torch import Tensor
 from sae_lens_route.data.reading import ActivationBatch, Text, activation_batches
 from sae_lens_route.errors import UserError
 from sae_lens_route.features.active import ActiveEntries, active_entries
+from sae_lens_route.features.selection import reading_order
 from sae_lens_route.models.kinds import LanguageModel, tokenizer_of
 from sae_lens_route.saes.routed import RoutedSAEMixin
 from sae_lens_route.saes.router import Routing
+from sae_lens_route.saes.units import Units, in_units, require_units
 
 N_TEXTS = 4
 TEXT_TOKENS = 96
@@ -64,17 +66,22 @@ class Collected(NamedTuple):
         first, last = np.searchsorted(self.active.feature, [feature, feature + 1])
         return self.active.token[first:last], self.active.value[first:last]
 
-    def strongest_features(self, n: int) -> list[int]:
-        """The `n` features with the largest activations, the strongest first.
+    def features_to_show(self, n: int) -> list[int]:
+        """The `n` features to look at first (`features/selection.py`).
 
         Raises:
             UserError: no feature is active.
         """
-        features, first = np.unique(self.active.feature, return_index=True)
+        features, first, n_fired = np.unique(
+            self.active.feature, return_index=True, return_counts=True
+        )
         if not len(features):
             raise UserError("no feature is active on these tokens")
-        maximum = np.maximum.reduceat(self.active.value, first)
-        return features[np.argsort(-maximum, kind="stable")[:n]].tolist()
+        value = self.active.value
+        density = n_fired / self.tokens.kept.sum()
+        mean = np.add.reduceat(value.astype(np.float64), first) / n_fired
+        order = reading_order(n_fired, density, np.maximum.reduceat(value, first), mean)
+        return features[order[:n]].tolist()
 
 
 @torch.no_grad()
@@ -85,6 +92,7 @@ def collect(
     *,
     features: Sequence[int] | None = None,
     max_tokens: int = 50_000,
+    units: Units = "n(x)",
 ) -> Collected:
     """Run the model once over a text.
 
@@ -94,10 +102,12 @@ def collect(
         text: A dataset, a path for `load_text_dataset`, or token ids with one context per row.
         features: The features whose activations are kept; None keeps all.
         max_tokens: Tokens to read; token ids are read whole.
+        units: Of the activations (`saes/units.py`).
 
     Raises:
         UserError: a feature that the SAE does not have, no tokens, or a model without a tokenizer.
     """
+    require_units(units)
     _require_features(features, sae.cfg.d_sae)
     tokenizer_of(model)
     selected = None if features is None else torch.tensor(sorted(set(features)))
@@ -111,7 +121,9 @@ def collect(
     ):
         routing = sae.route(batch.of(sae))
         tokens.append(_tokens(batch, routing, n_sequences))
-        active.append(_active(sae.encode(routing.x_route), selected, tokens[-1].kept, n_tokens))
+        feature_acts = _selected(sae.encode(routing.x_route), selected)
+        feature_acts = in_units(feature_acts, routing, sae, units)
+        active.append(_active(feature_acts, selected, tokens[-1].kept, n_tokens))
         probs_sum += routing.probs.cpu().double()[batch.kept.cpu()].sum(0).numpy()
         n_more = min(len(batch.tokens), N_TEXTS - len(first_texts))
         first_texts += [_routed_text(batch, routing, row, TEXT_TOKENS) for row in range(n_more)]
@@ -164,16 +176,22 @@ def _tokens(batch: ActivationBatch, routing: Routing, first_sequence: int) -> To
     )
 
 
+def _selected(
+    feature_acts: Float[Tensor, "batch pos d_sae"], selected: Int[Tensor, " features"] | None
+) -> Float[Tensor, "batch pos features"]:
+    if selected is None:
+        return feature_acts
+    dense = feature_acts.to_dense() if feature_acts.is_sparse else feature_acts
+    return dense[..., selected.to(dense.device)]
+
+
 def _active(
-    feature_acts: Float[Tensor, "batch pos d_sae"],
+    feature_acts: Float[Tensor, "batch pos features"],
     selected: Int[Tensor, " features"] | None,
     kept: Bool[np.ndarray, " tokens"],
     first_token: int,
 ) -> ActiveEntries:
     """Active entries of the kept tokens and the selected features, numbered over the whole text."""
-    if selected is not None:
-        feature_acts = feature_acts.to_dense() if feature_acts.is_sparse else feature_acts
-        feature_acts = feature_acts[..., selected.to(feature_acts.device)]
     token, feature, value = active_entries(feature_acts)
     here = kept[token]
     token, feature, value = token[here], feature[here], value[here]
@@ -192,7 +210,7 @@ def _joined(parts: Sequence[_Columns]) -> _Columns:
 
 def _require_features(features: Sequence[int] | None, d_sae: int) -> None:
     if features is not None and not len(features):
-        raise UserError("features=[]: name at least one, or pass None for the strongest")
+        raise UserError("features=[]: name at least one, or pass None for a selection")
     outside = [feature for feature in features or () if not 0 <= feature < d_sae]
     if outside:
         raise UserError(f"features={outside}: the SAE has features 0 to {d_sae - 1}")

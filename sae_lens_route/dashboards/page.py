@@ -22,6 +22,7 @@ from sae_lens_route.data.reading import Text
 from sae_lens_route.features.table import FeatureTable
 from sae_lens_route.models.kinds import LanguageModel
 from sae_lens_route.saes.routed import RoutedSAEMixin
+from sae_lens_route.saes.units import Units
 
 
 def write_dashboard(
@@ -36,6 +37,7 @@ def write_dashboard(
     feature_table: FeatureTable | None = None,
     texts: Sequence[str] | None = None,
     max_tokens: int = 50_000,
+    units: Units = "n(x)",
 ) -> Path:
     """Write one self-contained page about a selection of features; returns its path.
 
@@ -44,18 +46,19 @@ def write_dashboard(
         sae: A RouteSAE whose metadata names its source hooks.
         text: A dataset, a path for `load_text_dataset`, or token ids with one context per row.
         path: The HTML file; its folder is created if missing.
-        features: The features to show, in this order; None takes the `n_features` with the largest
-            activations (of the interpretable ones, if there is a feature table).
+        features: The features to show, in this order; None takes the `n_features` to look at first
+            (`features/selection.py`; of the interpretable ones, if there is a feature table).
         n_features: How many to take when `features` is None.
         judge_scores: Feature -> score, shown in the index.
         feature_table: Table whose contexts are shown; features without contexts in the table show
             their strongest contexts in `text`.
         texts: Texts to show the routing of; None shows the first contexts of `text`.
         max_tokens: Tokens to read of `text`; token ids are read whole.
+        units: Of the activations (`saes/units.py`).
 
     Raises:
-        UserError: a feature that the SAE does not have, a feature table of another SAE, no tokens,
-            or a model without a tokenizer.
+        UserError: a feature that the SAE does not have, a feature table of another SAE or in other
+            units, no tokens, or a model without a tokenizer.
     """
     data = page_data(
         model,
@@ -67,6 +70,7 @@ def write_dashboard(
         feature_table=feature_table,
         texts=texts,
         max_tokens=max_tokens,
+        units=units,
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

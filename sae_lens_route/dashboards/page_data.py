@@ -14,14 +14,15 @@ from jaxtyping import Float, Int
 
 from sae_lens_route.dashboards.collect import Collected, RoutedText, collect, route_text
 from sae_lens_route.data.reading import Text
-from sae_lens_route.errors import UserError
 from sae_lens_route.features.judge_prompt import Answer
+from sae_lens_route.features.selection import features_to_show
 from sae_lens_route.features.sentences import CLOSE, OPEN, piece_of
 from sae_lens_route.features.surface_score import SurfaceScore
-from sae_lens_route.features.table import Context, FeatureTable
+from sae_lens_route.features.table import Context, FeatureTable, require_table_of
 from sae_lens_route.models.kinds import LanguageModel, tokenizer_of
 from sae_lens_route.saes.metadata import routed_blocks
 from sae_lens_route.saes.routed import RoutedSAEMixin
+from sae_lens_route.saes.units import Units
 
 N_FEATURES = 32
 N_BINS = 40
@@ -86,6 +87,8 @@ class PageData(TypedDict):
     model: str
     architecture: str
     routing: str
+    units: Units
+    """Of the activations."""
     d_sae: int
     blocks: list[int]
     """The block of each route."""
@@ -112,15 +115,16 @@ def page_data(
     feature_table: FeatureTable | None = None,
     texts: Sequence[str] | None = None,
     max_tokens: int = 50_000,
+    units: Units = "n(x)",
 ) -> PageData:
     """The numbers of `write_dashboard`'s page (same arguments)."""
     blocks = routed_blocks(sae)
     if feature_table is not None:
-        _require_table_of(sae, feature_table)
-        features = _strongest_of(feature_table, n_features) if features is None else features
-    collected = collect(model, sae, text, features=features, max_tokens=max_tokens)
+        require_table_of(sae, feature_table, units)
+        features = features_to_show(feature_table, n_features) if features is None else features
+    collected = collect(model, sae, text, features=features, max_tokens=max_tokens, units=units)
     if features is None:
-        features = collected.strongest_features(n_features)
+        features = collected.features_to_show(n_features)
     scores = judge_scores or {}
     summary = _Summary(collected, blocks, tokenizer_of(model), feature_table)
     entries = [summary.feature(f, scores.get(f)) for f in dict.fromkeys(features)]
@@ -133,6 +137,7 @@ def page_data(
         "model": sae.cfg.metadata.model_name or "",
         "architecture": sae.cfg.architecture(),
         "routing": sae.cfg.routing,
+        "units": units,
         "d_sae": sae.cfg.d_sae,
         "blocks": blocks,
         "n_tokens": n_kept,
@@ -145,25 +150,6 @@ def page_data(
         # last, because features and texts add to it
         "words": summary.words.pieces,
     }
-
-
-def _require_table_of(sae: RoutedSAEMixin, table: FeatureTable) -> None:
-    expected = sae.cfg.d_sae, routed_blocks(sae)
-    of_table = table.run.d_sae, list(table.run.routed_blocks)
-    if of_table != expected:
-        raise UserError(
-            f"feature_table is of an SAE with d_sae={of_table[0]} and routed_blocks={of_table[1]}, "
-            f"but this SAE has d_sae={expected[0]} and routed_blocks={expected[1]}: find the "
-            "contexts of this SAE"
-        )
-
-
-def _strongest_of(table: FeatureTable, n: int) -> list[int]:
-    """The interpretable features with the largest activations, the strongest first."""
-    if not table.interpretable:
-        raise UserError("feature_table has no interpretable features: name some with features")
-    maximum = table.features["max_activation"].to_numpy()
-    return sorted(table.interpretable, key=lambda feature: -maximum[feature])[:n]
 
 
 class _Words:

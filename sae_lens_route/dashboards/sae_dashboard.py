@@ -16,7 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from plotly.offline import get_plotlyjs
 from sae_lens.registry import get_sae_class
 from sae_lens.saes.sae import SAE, TrainingSAE
@@ -29,6 +29,7 @@ from sae_lens_route.data.kept_tokens import KeptTokens
 from sae_lens_route.errors import UserError
 from sae_lens_route.models.kinds import LanguageModel, tokenizer_of
 from sae_lens_route.saes.routed import RoutedSAEMixin
+from sae_lens_route.saes.units import Units, in_units
 from sae_lens_route.splice import attach
 
 
@@ -62,6 +63,7 @@ def sae_dashboard_pages(
     *,
     features: Sequence[int] | None = None,
     n_features: int = N_FEATURES,
+    units: Units = "n(x)",
 ) -> Path:
     """Write SAEDashboard's feature pages as one self-contained file; returns its path.
 
@@ -73,18 +75,22 @@ def sae_dashboard_pages(
         sae: A RouteSAE for inference.
         tokens: Token ids, one sequence per row, at least 12 tokens long.
         path: The HTML file (any other suffix is replaced); its folder is created if missing.
-        features: The features to show; None takes the `n_features` with the largest activations.
+        features: The features to show; None takes the `n_features` to look at first
+            (`features/selection.py`).
         n_features: How many to take when `features` is None.
+        units: Of the activations (`saes/units.py`).
 
     Raises:
         UserError: SAEDashboard is not installed, sequences too short, features that the SAE does
             not have, no active feature, or a model without an unembedding.
     """
     save_page = _import_sae_dashboard().data_writing_fns.save_feature_centric_vis
-    data = sae_dashboard_data(model, sae, tokens, features=features, n_features=n_features)
+    data = sae_dashboard_data(
+        model, sae, tokens, features=features, n_features=n_features, units=units
+    )
     path = Path(path).with_suffix(".html")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # the first feature is the strongest: a page that opens on a dead feature stays blank
+    # the first feature has fired: a page that opens on a dead feature stays blank
     save_page(data, path, feature_idx=next(iter(data.feature_data_dict)))
     path.write_text(_self_contained(path.read_text()), encoding="utf-8")
     return path
@@ -97,10 +103,12 @@ def sae_dashboard_data(
     *,
     features: Sequence[int] | None = None,
     n_features: int = N_FEATURES,
+    units: Units = "n(x)",
 ) -> Any:
     """SAEDashboard's `SaeVisData` of a RouteSAE; arguments as in `sae_dashboard_pages`.
 
-    Features that are never active on these tokens are omitted; the strongest comes first.
+    Features that are never active on these tokens are omitted, and the others are in the order of
+    `features/selection.py`.
     """
     dashboard = _import_sae_dashboard()
     tokenizer = tokenizer_of(model)
@@ -113,24 +121,34 @@ def sae_dashboard_data(
             f"a {type(model).__name__} has no W_U, from which SAEDashboard computes logits: "
             "load the model with model_class_name='HookedTransformer'"
         )
-    collected = collect(model, sae, tokens, features=features)
-    strongest = collected.strongest_features(n_features if features is None else len(features))
+    collected = collect(model, sae, tokens, features=features, units=units)
+    shown = collected.features_to_show(n_features if features is None else len(features))
     kept = KeptTokens.of(sae, tokenizer)
     kept_positions = kept._replace(excluded_ids=()).mask(tokens[:1])[0]
     encoder = plain_sae(sae)
     # SAEDashboard folds the decoder norm into the encoder. SAELens's TopK refuses that, and it
-    # would rescale the activations of the others, which are shown as `sae.encode` returns them.
+    # would rescale the activations of the others, which are those of unfolded rows.
     encoder.fold_W_dec_norm = lambda: None  # type: ignore[method-assign]
+    encode = encoder.encode
     with attach(model, sae) as hook:
+
+        def encode_in_units(x_route: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos n"]:
+            # SAEDashboard encodes the activations of each pass right after it
+            assert hook.routing is not None
+            return in_units(encode(x_route), hook.routing, sae, units)
+
+        encoder.encode = encode_in_units  # type: ignore[method-assign]
         config = dashboard.sae_vis_data.SaeVisConfig(
             hook_point=hook.name,
-            features=strongest,
+            features=shown,
             device=str(sae.device),
             ignore_tokens=set(kept.excluded_ids),
             ignore_positions=(~kept_positions).nonzero().flatten().tolist(),
         )
         runner = dashboard.sae_vis_runner.SaeVisRunner(config)
-        return runner.run(encoder=encoder, model=model, tokens=tokens)
+        data = runner.run(encoder=encoder, model=model, tokens=tokens)
+    encoder.encode = encode  # `data` keeps the encoder, but the hook has no routing any more
+    return data
 
 
 _MIN_SEQUENCE = 12

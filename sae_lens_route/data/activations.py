@@ -6,8 +6,8 @@
    or into a preallocated shuffle buffer.
 
 A position (`state_dict`) says how many contexts had been read before the current pass, how many
-tokens of that pass had been used, and what `data/shuffle_buffer.py` adds. From there the same
-batches follow, bit for bit.
+tokens of that pass had been used, which text that was (`data/row_digest.py`), and what
+`data/shuffle_buffer.py` adds. From there the same batches follow, bit for bit.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from typing_extensions import override
 from sae_lens_route.config import RouteSAERunnerConfig
 from sae_lens_route.data.kept_stream import ForwardPass, KeptStream
 from sae_lens_route.data.kept_tokens import KeptTokens, excluded_token_ids
+from sae_lens_route.data.row_digest import RowDigest
 from sae_lens_route.data.rows import checked_rows, text_problem, tokens_problem
 from sae_lens_route.data.shuffle_buffer import ShuffleBuffer
 from sae_lens_route.data.text import load_text_dataset
@@ -195,6 +196,7 @@ class RoutedActivationsStore(ActivationsStore):
         self.iterable_sequences = self._iterate_tokenized_sequences()
         self._dataloader = None
         self._n_sequences = self.n_dataset_processed = 0
+        self._rows_read = RowDigest()
         self._stream = KeptStream(self._next_pass, self._skip_to)
         self._buffer = ShuffleBuffer(
             self._stream, self._batches_per_round, self.train_batch_size_tokens, self._seed
@@ -210,6 +212,7 @@ class RoutedActivationsStore(ActivationsStore):
     def _iterate_raw_dataset(self) -> Generator[Any, None, None]:
         assert self.dataset is not None
         for value in checked_rows(self.dataset, self.tokens_column, self._problem):
+            self._rows_read.add(value)
             yield value
             self.n_dataset_processed += 1
 
@@ -253,6 +256,7 @@ class RoutedActivationsStore(ActivationsStore):
         """The next contexts; counts them, so that a checkpoint holds the position in the text."""
         tokens = super().get_batch_tokens(batch_size, raise_at_epoch_end, move_to_model_device)
         self._n_sequences += len(tokens)
+        self._rows_read.check(self._n_sequences)
         return tokens
 
     @override
@@ -365,12 +369,19 @@ class RoutedActivationsStore(ActivationsStore):
             "n_dataset_processed": torch.tensor(self.n_dataset_processed),
             "n_sequences": torch.tensor(first_context),
             "n_used": torch.tensor(n_used),
+            **self._rows_read.state(self._n_sequences),
             **self._buffer.state(),
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go to a position: skip the text before it, run again the passes that are still in use."""
+        """Go to a position: skip the text before it, run again the passes that are still in use.
+
+        Raises:
+            UserError: the text before it is another one. With a shuffle buffer, the first batch
+                raises this.
+        """
         self._rewind()
+        self._rows_read.expect(state)
         position = int(state["n_sequences"]), int(state["n_used"])
         if "buffer_sources" in state:
             self._buffer.load(state)

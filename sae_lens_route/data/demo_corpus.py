@@ -50,9 +50,10 @@ def documents(split: Split, *, tests: bool = False) -> tuple[str, ...]:
     Raises:
         UserError: the interpreter ships no library source (a zipped or stripped Python).
     """
+    sources = ((module, text) for _, module, text in source_files(tests=tests))
     texts = [
         text
-        for module, text in (*_source_files(tests), *_reference_topics(), *_c_module_help())
+        for module, text in (*sources, *_reference_topics(), *_c_module_help())
         if split_of(module) == split and len(text) >= _MIN_CHARACTERS
     ]
     if not texts:
@@ -64,7 +65,8 @@ def documents(split: Split, *, tests: bool = False) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _source_files(tests: bool) -> Iterator[tuple[str, str]]:
+def source_files(*, tests: bool = False) -> Iterator[tuple[str, str, str]]:
+    """Path below the library's folder, module and text of each source file, sorted by path."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
@@ -76,7 +78,7 @@ def _source_files(tests: bool) -> Iterator[tuple[str, str]]:
         module = below[0] if top == "test" and below else top
         try:
             with tokenize.open(path) as file:
-                yield module.removesuffix(".py"), file.read()
+                yield "/".join(parts), module.removesuffix(".py"), file.read()
         except (SyntaxError, UnicodeDecodeError):  # files that test the decoder
             continue
 

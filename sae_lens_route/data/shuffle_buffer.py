@@ -15,6 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lens_route.data.kept_stream import KeptStream, write
+from sae_lens_route.data.row_digest import ANOTHER_TEXT
+from sae_lens_route.errors import UserError
 
 
 class ShuffleBuffer:
@@ -48,7 +50,7 @@ class ShuffleBuffer:
         """Take over the state of a buffer of the same size on the same text.
 
         `batches` then fills the buffer as it was and continues from the position that the stream
-        expects.
+        expects. It raises a UserError if the text turns out to be another one.
         """
         self._sources = state["buffer_sources"].clone()
         self._order_state = state["buffer_order"].clone()
@@ -79,5 +81,8 @@ class ShuffleBuffer:
         for first_context in sources[:, 0].unique().tolist():
             source = self._stream.pass_at(first_context)
             which = (sources[:, 0] == first_context).nonzero().squeeze(-1)
-            write(rows, which.to(rows.device), source, sources[which, 1])
+            used = sources[which, 1]
+            if int(used.max()) >= len(source.kept):
+                raise UserError(ANOTHER_TEXT)
+            write(rows, which.to(rows.device), source, used)
         self._stream.go_to(*position)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 
 from sae_lens_route.data.demo_corpus import documents
-from sae_lens_route.errors import UserError
+from sae_lens_route.errors import UserError, reading_errors
 
 _BUILDER_OF_SUFFIX = {
     ".jsonl": "json",
@@ -52,7 +54,8 @@ def load_text_dataset(path: str, *, streaming: bool = True) -> Dataset | Iterabl
 
 def _load_local(path: Path, streaming: bool) -> Dataset | IterableDataset:
     if path.is_dir() and (path / "dataset_info.json").exists():
-        return cast(Dataset, load_from_disk(str(path)))
+        with _errors_of(path):
+            return cast(Dataset, load_from_disk(str(path)))
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     suffixes = {p.suffix.lower() for p in files} & _BUILDER_OF_SUFFIX.keys()
     builders = {_BUILDER_OF_SUFFIX[suffix] for suffix in suffixes}
@@ -66,7 +69,14 @@ def _load_local(path: Path, streaming: bool) -> Dataset | IterableDataset:
     if not any(Path(file).stat().st_size for file in chosen):
         raise UserError(f"dataset_path={str(path)!r}: the dataset is empty")
     whole_files = {"sample_by": "document"} if builder == "text" else {}
-    return _load_dataset(builder, data_files=chosen, streaming=streaming, **whole_files)
+    with _errors_of(path):
+        dataset = _load_dataset(builder, data_files=chosen, streaming=streaming, **whole_files)
+        next(iter(dataset), None)  # streaming, no file has been read yet
+    return dataset
+
+
+def _errors_of(path: Path) -> AbstractContextManager[None]:
+    return reading_errors(f"dataset_path={str(path)!r}", DatasetsError)
 
 
 def _load_dataset(path: str, **options: Any) -> Dataset | IterableDataset:

@@ -1,35 +1,37 @@
 """How splicing an SAE into the model changes the model's predictions.
 
-The model runs three times per batch: clean, with the SAE spliced in, and with the routed
-residual streams set to zero. The change of the next-token distribution is the paper's KL, and the
-change of cross-entropy SAELens's loss recovered.
+The model runs three times per batch: clean (once for all SAEs), with the SAE spliced in, and with
+the routed residual streams set to zero. The change of the next-token distribution is the paper's
+KL, and the change of cross-entropy SAELens's loss recovered.
+
+The splice is that of `splice/`, at the kept tokens only. Here the clean streams, and so the routes,
+are known before the pass: each token is edited at its own block in a single pass, with no clean
+half, no replay and no hook point.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
+from sae_lens_route.data.activations import residual_streams
 from sae_lens_route.errors import UserError
+from sae_lens_route.evals.predictions import CleanPass, Edit
 from sae_lens_route.evals.reconstruction import Totals, mean_by_block, require_tokens
-from sae_lens_route.models.kinds import (
-    LanguageModel,
-    decoder_blocks,
-    residual_of,
-    with_residual,
-)
+from sae_lens_route.models.kinds import LanguageModel, residual_hook_names
 from sae_lens_route.saes.crosscoder import CrosscoderSAEMixin
 from sae_lens_route.saes.kinds import is_soft
 from sae_lens_route.saes.metadata import routed_blocks
+from sae_lens_route.saes.reconstruct import reconstruct
 from sae_lens_route.saes.routed import RoutedSAEMixin, uniform_draws, with_routes
-from sae_lens_route.splice import CrosscoderHook, RoutedHook, attach
+from sae_lens_route.saes.router import Routing, normalization_stats
+from sae_lens_route.splice import attach
+from sae_lens_route.splice.hook import write_result
 
 PAPER_CONTEXT = 512
 
@@ -85,9 +87,11 @@ def downstream_metrics(
         UserError: there were no tokens, or the routing is soft (it has no block to write to).
     """
     sums, draws = DownstreamSums(model, sae, unscaled), uniform_draws(sae)
+    names = residual_hook_names(model, routed_blocks(sae))
     for tokens, kept in batches:
+        streams = [x.to(sae.W_dec.device) for x in residual_streams(model, tokens, names)]
         with with_routes(sae, draws(tokens.shape)):
-            sums.add(tokens, kept, log_probs(model, tokens))
+            sums.add(torch.stack(streams, dim=2), kept, CleanPass(model, tokens))
     return sums.metrics()
 
 
@@ -99,54 +103,53 @@ class DownstreamSums:
     ) -> None:
         if is_soft(sae):
             raise UserError("routing='soft' mixes the blocks: there is no single one to splice at")
-        self.model, self.sae, self.unscaled = model, sae, unscaled
+        attach(model, sae).remove()  # raises unless the SAE fits the model, with nothing attached
+        self.sae, self.unscaled = sae, unscaled
         self.blocks = routed_blocks(sae)
         self.totals = Totals()
 
     def add(
         self,
-        tokens: Int[Tensor, "batch pos"],
+        streams: Float[Tensor, "batch pos L d"],
         kept: Bool[Tensor, "batch pos"],
-        clean: Float[Tensor, "batch pos vocab"],
+        clean: CleanPass,
     ) -> None:
-        """Splice and ablate at the kept tokens; `clean` are the model's log probabilities."""
-        spliced, written = self._splice(tokens, kept)
-        with _zeroed(self.model, dict(zip(self.blocks, written.unbind(-1), strict=True))):
-            ablated = log_probs(self.model, tokens)
+        """Splice and ablate at the kept tokens of a batch.
+
+        Args:
+            streams: The clean residual streams that the SAE reads, on its device.
+            kept: Which tokens to splice and count.
+            clean: The clean model on the batch.
+        """
+        here = kept.to(streams.device)
+        if isinstance(self.sae, RoutedSAEMixin):
+            routing = self.sae.route(streams)
+            written = nn.functional.one_hot(routing.route, len(self.blocks)).bool()
+            written &= here.unsqueeze(-1)
+            edits = _routed_edits(self.sae, routing, written, self.unscaled)
+            spliced, after = clean.edited(dict(zip(self.blocks, edits, strict=True)))
+            edited = torch.stack([after[block].to(streams.device) for block in self.blocks], dim=2)
+            unchanged = self.sae.route(edited).route == routing.route
+            self.totals.add(agree=unchanged[here].sum())
+        else:  # writes to every block
+            written = here.unsqueeze(-1).expand(*here.shape, len(self.blocks))
+            edits = _crosscoder_edits(self.sae, streams, here)
+            spliced, _ = clean.edited(dict(zip(self.blocks, edits, strict=True)))
+        ablated = clean.ablated(self.blocks, written.to(kept.device))
         # logits come from the last GPU of a model that is spread over several
-        tokens, kept, written = (part.to(clean.device) for part in (tokens, kept, written))
-        kl = _kl(clean, spliced)[kept].double()
-        is_target = kept[:, 1:]
+        kept, written = kept.to(clean.ce.device), written.to(clean.ce.device)
+        kl, is_target = spliced.kl[kept], kept[:, 1:]
         self.totals.add(
             tokens=kept.sum(),
             kl=kl.sum(),
-            kl_ablated=_kl(clean, ablated)[kept].double().sum(),
+            kl_ablated=ablated.kl[kept].sum(),
             kl_by_block=(written[kept] * kl.unsqueeze(-1)).sum(0),
             tokens_by_block=written[kept].sum(0),
             targets=is_target.sum(),
+            ce_clean=clean.ce[is_target].sum(),
+            ce_spliced=spliced.ce[is_target].sum(),
+            ce_ablated=ablated.ce[is_target].sum(),
         )
-        for name, predicted in (("clean", clean), ("spliced", spliced), ("ablated", ablated)):
-            ce = _cross_entropy(predicted, tokens)[is_target].double().sum()
-            self.totals.add(**{f"ce_{name}": ce})
-
-    def _splice(
-        self, tokens: Int[Tensor, "batch pos"], kept: Bool[Tensor, "batch pos"]
-    ) -> tuple[Float[Tensor, "batch pos vocab"], Bool[Tensor, "batch pos L"]]:
-        """The spliced model's log probabilities, and the kept tokens written to at each block."""
-        sae, n_blocks = self.sae, len(self.blocks)
-        with _attached(self.model, sae, self.unscaled) as hook:
-            hooks: Any = [(hook.name, partial(_reconstruct, sae, kept))]
-            with _streams(self.model, self.blocks) as streams:
-                logits = self.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
-            spliced = _log_softmax(logits)
-            routing = hook.routing if isinstance(hook, RoutedHook) else None
-        if routing is None or not isinstance(sae, RoutedSAEMixin):  # writes to every block
-            return spliced, kept.unsqueeze(-1).expand(*kept.shape, n_blocks)
-        edited = torch.stack([streams[i].to(sae.W_dec.device) for i in self.blocks], dim=-2)
-        unchanged = (sae.route(edited).route == routing.route).to(kept.device)
-        self.totals.add(agree=unchanged[kept].sum())
-        written = nn.functional.one_hot(routing.route, n_blocks).bool().to(kept.device)
-        return spliced, written & kept.unsqueeze(-1)
 
     def metrics(self) -> DownstreamMetrics:
         """Metrics of all tokens added so far; a `UserError` if there were none."""
@@ -176,90 +179,56 @@ class DownstreamSums:
         )
 
 
-def log_probs(
-    model: LanguageModel, tokens: Int[Tensor, "batch pos"]
-) -> Float[Tensor, "batch pos vocab"]:
-    """Log probabilities of the next token at every position, in float32 at least."""
-    return _log_softmax(model(tokens, return_type="logits"))
+def _routed_edits(
+    sae: RoutedSAEMixin, routing: Routing, written: Bool[Tensor, "batch pos L"], unscaled: bool
+) -> list[Edit]:
+    """For each route, the edit that puts the SAE's reconstruction at the tokens written there."""
+    weight = torch.ones_like(routing.weight) if unscaled else routing.weight
+
+    def edit(
+        here: Bool[Tensor, "batch pos"], stream: Float[Tensor, "batch pos d"]
+    ) -> Float[Tensor, "batch pos d"]:
+        rows = stream[here.to(stream.device)]
+        if len(rows) == 0:
+            return stream
+        x = rows.to(weight)
+        mean, scale = (part.unsqueeze(-1) for part in normalization_stats(x))
+        unit = scale / weight[here].unsqueeze(-1)
+        value = (x - mean) / unit
+        result = reconstruct(sae, value)
+        unchanged = (result == value).all(dim=-1, keepdim=True)
+        return _with_rows(stream, here, write_result(rows, value, result, mean, unit, unchanged))
+
+    return [partial(edit, here) for here in written.unbind(-1)]
 
 
-def _log_softmax(logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, "batch pos vocab"]:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-
-
-def _kl(
-    clean: Float[Tensor, "batch pos vocab"], other: Float[Tensor, "batch pos vocab"]
-) -> Float[Tensor, "batch pos"]:
-    return (clean.exp() * (clean - other)).sum(-1)
-
-
-def _cross_entropy(
-    log_probs: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
-) -> Float[Tensor, "batch targets"]:
-    """Loss at every position that has a next token, in nats."""
-    return -log_probs[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
-
-
-def _attached(
-    model: LanguageModel, sae: RoutedSAEMixin | CrosscoderSAEMixin, unscaled: bool
-) -> RoutedHook | CrosscoderHook:
-    if isinstance(sae, RoutedSAEMixin):
-        return attach(model, sae, unscaled=unscaled)
-    return attach(model, sae)
-
-
-def _reconstruct(
-    sae: RoutedSAEMixin | CrosscoderSAEMixin,
+def _crosscoder_edits(
+    sae: CrosscoderSAEMixin,
+    streams: Float[Tensor, "batch pos L d"],
     kept: Bool[Tensor, "batch pos"],
-    value: Float[Tensor, "batch pos d"],
-    hook: HookPoint,
+) -> list[Edit]:
+    """For each route, the edit that puts the reconstruction of the clean streams at kept tokens."""
+    x = streams[kept].to(sae.dtype)
+    h = sae.concat_blocks(x)
+    h_hat = reconstruct(sae, h)
+    unchanged = (h_hat == h).all(dim=-1, keepdim=True)
+    value, result = h.view_as(x), h_hat.view_as(x)
+    mean, scale = (part.unsqueeze(-1) for part in normalization_stats(x))
+
+    def edit(i: int, stream: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
+        rows = stream[kept.to(stream.device)]
+        new = write_result(rows, value[:, i], result[:, i], mean[:, i], scale[:, i], unchanged)
+        return _with_rows(stream, kept, new)
+
+    return [partial(edit, i) for i in range(x.shape[1])]
+
+
+def _with_rows(
+    stream: Float[Tensor, "batch pos d"],
+    here: Bool[Tensor, "batch pos"],
+    rows: Float[Tensor, "n d"],
 ) -> Float[Tensor, "batch pos d"]:
-    """A hook function that puts the SAE's reconstruction at the kept tokens."""
-    x_hat = sae.decode(sae.encode(value)).to(value.dtype)
-    return torch.where(kept.unsqueeze(-1).to(value.device), x_hat, value)
-
-
-@contextmanager
-def _streams(model: LanguageModel, blocks: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Block -> the residual stream after it, edits included, as the next block last received it."""
-    streams: dict[int, Tensor] = {}
-
-    def keep_input(block: int, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        streams[block] = args[0] if args else kwargs["hidden_states"]
-
-    def keep_output(block: int, _module: Any, _args: Any, output: Any) -> None:
-        streams[block] = residual_of(output)
-
-    modules, last = decoder_blocks(model), blocks[-1]
-    handles = [
-        modules[i + 1].register_forward_pre_hook(partial(keep_input, i), with_kwargs=True)
-        for i in range(blocks[0], last)
-    ]
-    handles.append(modules[last].register_forward_hook(partial(keep_output, last)))
-    try:
-        yield streams
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _zeroed(
-    model: LanguageModel, tokens_by_block: Mapping[int, Bool[Tensor, "batch pos"]]
-) -> Iterator[None]:
-    """Set the residual stream after each of these blocks to zero at the given tokens."""
-
-    def zero(here: Tensor, _module: Any, _args: Any, output: Any) -> Any:
-        x = residual_of(output)
-        return with_residual(output, x.masked_fill(here.to(x.device), 0))
-
-    modules = decoder_blocks(model)
-    handles = [
-        modules[block].register_forward_hook(partial(zero, here.unsqueeze(-1)))
-        for block, here in tokens_by_block.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    """A copy of the stream with other vectors at some of the tokens."""
+    stream = stream.clone()
+    stream[here.to(stream.device)] = rows
+    return stream

@@ -14,17 +14,16 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Float
 from sae_lens import SAE
 from sae_lens.config import HfDataset
 from sae_lens.evals import get_eval_everything_config, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
-from torch import Tensor
 
 from sae_lens_route.data.activations import RoutedActivationsStore
 from sae_lens_route.data.reading import ActivationBatch, Text, activation_batches
 from sae_lens_route.errors import UserError
-from sae_lens_route.evals.downstream import DownstreamMetrics, DownstreamSums, log_probs
+from sae_lens_route.evals.downstream import DownstreamMetrics, DownstreamSums
+from sae_lens_route.evals.predictions import CleanPass
 from sae_lens_route.evals.reconstruction import (
     CrosscoderMetrics,
     CrosscoderSums,
@@ -113,7 +112,7 @@ def evaluate_all(
     for batch in activation_batches(
         model, list(saes.values()), text, **size, description="evaluating"
     ):
-        clean = log_probs(model, batch.tokens) if needs_clean else None
+        clean = CleanPass(model, batch.tokens) if needs_clean else None
         for each in sums.values():
             each.add(batch, clean)
     return {name: each.evaluation() for name, each in sums.items()}
@@ -140,7 +139,7 @@ class _EvaluationSums:
             if not is_soft(sae)
         }
 
-    def add(self, batch: ActivationBatch, clean: Float[Tensor, "batch pos vocab"] | None) -> None:
+    def add(self, batch: ActivationBatch, clean: CleanPass | None) -> None:
         streams = batch.of(self.sae)
         kept = batch.kept.to(streams.device)
         routes = self.draws(batch.tokens.shape)
@@ -149,7 +148,7 @@ class _EvaluationSums:
         with with_routes(self.sae, routes):
             for sums in self.downstream.values():
                 assert clean is not None
-                sums.add(batch.tokens, batch.kept, clean)
+                sums.add(streams, batch.kept, clean)
 
     def evaluation(self) -> Evaluation:
         scaled, unscaled = self.downstream.get(False), self.downstream.get(True)

@@ -20,7 +20,11 @@ from sae_lens_route.saes.crosscoder import CrosscoderSAEMixin
 from sae_lens_route.saes.kinds import is_soft
 from sae_lens_route.saes.loss import norm_mse
 from sae_lens_route.saes.metadata import routed_blocks
+from sae_lens_route.saes.reconstruct import reconstruct_and_count
 from sae_lens_route.saes.routed import RoutedSAEMixin
+
+DENSE_SHARE = 0.1
+"""Share of the tokens above which a feature is dense."""
 
 
 class ReconstructionMetrics(NamedTuple):
@@ -30,8 +34,9 @@ class ReconstructionMetrics(NamedTuple):
     """Tokens evaluated."""
     norm_mse: float
     """||x_route - x_hat||^2 / ||x_route||^2 under the trained routing."""
-    explained_variance: float
-    """1 - sum ||x_route - x_hat||^2 / sum ||x_route - mean||^2, as SAELens defines it."""
+    explained_variance: float | None
+    """1 - sum ||x_route - x_hat||^2 / sum ||x_route - mean||^2, as SAELens defines it; null where
+    all x_route are equal (to rounding), and there is no variance to explain."""
     l0: float
     """Active features per token."""
     dead_features: int
@@ -58,6 +63,8 @@ class ReconstructionMetrics(NamedTuple):
     """NormMSE had each token been routed to the block where its error is least."""
     regret: float | None
     """norm_mse - norm_mse_best; null under soft routing, which chooses no single block."""
+    dense_features: int | None = None
+    """Features active on more than 10 % of the tokens; null in results that predate this field."""
 
 
 class CrosscoderMetrics(NamedTuple):
@@ -67,14 +74,17 @@ class CrosscoderMetrics(NamedTuple):
     """Tokens evaluated."""
     norm_mse: float
     """||n(x_i) - x_hat_i||^2 / ||n(x_i)||^2, mean over tokens and blocks."""
-    explained_variance: float
-    """1 - sum ||h - h_hat||^2 / sum ||h - mean||^2 of the concatenated streams h."""
+    explained_variance: float | None
+    """1 - sum ||h - h_hat||^2 / sum ||h - mean||^2 of the concatenated streams h; null where all h
+    are equal (to rounding)."""
     l0: float
     """Active features per token, which all blocks share."""
     dead_features: int
     """Features that no evaluated token activated."""
     norm_mse_by_block: dict[int, float]
     """NormMSE of each block."""
+    dense_features: int | None = None
+    """As in `ReconstructionMetrics`."""
 
 
 @torch.no_grad()
@@ -115,8 +125,7 @@ class ReconstructionSums:
     def add(self, x: Float[Tensor, "tokens L d"]) -> None:
         """Add a batch of residual streams of kept tokens."""
         routing = self.sae.route(x)
-        feature_acts = self.sae.encode(routing.x_route)
-        x_hat = self.sae.decode(feature_acts)
+        x_hat, fired = reconstruct_and_count(self.sae, routing.x_route)
         errors = self.sae.route_errors(x, routing)
         error = norm_mse(x_hat, routing.x_route)
         chosen = torch.nn.functional.one_hot(routing.route, x.shape[-2]).to(torch.float64)
@@ -127,7 +136,7 @@ class ReconstructionSums:
             squared_error=(routing.x_route - x_hat).pow(2).sum(),
             x=routing.x_route.sum(0),
             x_squared=routing.x_route.pow(2).sum(),
-            fired=(feature_acts != 0).sum(0),
+            fired=fired,
             routed=chosen.sum(0),
             probs=routing.probs.sum(0),
             weight=routing.weight.sum(),
@@ -160,6 +169,7 @@ class ReconstructionSums:
             norm_mse_matched=float((share * fixed).sum()),
             norm_mse_best=best,
             regret=None if is_soft(self.sae) else norm_mse - best,
+            dense_features=_n_dense(n, totals),
         )
 
 
@@ -173,8 +183,7 @@ class CrosscoderSums:
     def add(self, x: Float[Tensor, "tokens L d"]) -> None:
         """Add a batch of residual streams of kept tokens."""
         h = self.sae.concat_blocks(x)
-        feature_acts = self.sae.encode(h)
-        h_hat = self.sae.decode(feature_acts)
+        h_hat, fired = reconstruct_and_count(self.sae, h)
         row_per_block = (len(x), len(self.blocks), -1)
         self.n += len(x)
         self.totals.add(
@@ -182,7 +191,7 @@ class CrosscoderSums:
             squared_error=(h - h_hat).pow(2).sum(),
             x=h.sum(0),
             x_squared=h.pow(2).sum(),
-            fired=(feature_acts != 0).sum(0),
+            fired=fired,
         )
 
     def metrics(self) -> CrosscoderMetrics:
@@ -196,6 +205,7 @@ class CrosscoderSums:
             l0=float(fired.sum() / self.n),
             dead_features=int((fired == 0).sum()),
             norm_mse_by_block=_by_block(self.blocks, error),
+            dense_features=_n_dense(self.n, self.totals),
         )
 
 
@@ -217,6 +227,12 @@ def _by_block(blocks: list[int], values: Float[Tensor, " L"]) -> dict[int, float
     return dict(zip(blocks, values.tolist(), strict=True))
 
 
-def _explained_variance(n: int, totals: Totals) -> float:
+def _n_dense(n: int, totals: Totals) -> int:
+    return int((totals["fired"] > DENSE_SHARE * n).sum())
+
+
+def _explained_variance(n: int, totals: Totals) -> float | None:
     variance = totals["x_squared"] - totals["x"].pow(2).sum() / n
+    if variance <= 1e-6 * totals["x_squared"]:  # sums of a batch are rounded to float32
+        return None
     return float(1 - totals["squared_error"] / variance)

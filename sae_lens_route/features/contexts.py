@@ -42,6 +42,8 @@ from sae_lens_route.features.table import (
 )
 from sae_lens_route.saes.metadata import routed_blocks, source_hook_names
 from sae_lens_route.saes.routed import RoutedSAEMixin
+from sae_lens_route.saes.router import Routing
+from sae_lens_route.saes.units import in_units
 
 ENCODE_ELEMENTS = 2**26
 """Feature activations encoded at once, so that a large batch and a wide SAE fit in memory."""
@@ -72,14 +74,10 @@ def find_contexts(
             n_rows, n_pos = batch.tokens.shape
             step = max(1, ENCODE_ELEMENTS // (n_pos * sae.cfg.d_sae))
             for first in range(0, n_rows, step):
-                part = slice(first, first + step)
-                collector.add(
-                    batch.tokens[part],
-                    sae.encode(routing.x_route[part]),
-                    routing.route[part],
-                    routing.weight[part],
-                    batch.kept[part],
-                )
+                rows = slice(first, first + step)
+                part = Routing(*(values[rows] for values in routing))
+                acts = in_units(sae.encode(part.x_route), part, sae, collector.options.units)
+                collector.add(batch.tokens[rows], acts, part.route, part.weight, batch.kept[rows])
     return collector.table()
 
 
@@ -121,6 +119,7 @@ class ContextCollector:
         )
         self._n_fired = np.zeros(d_sae * len(self.hook_names), dtype=np.int64)
         self._max_activation = np.zeros(d_sae, dtype=np.float32)
+        self._sum_activation = np.zeros(d_sae)
 
     @classmethod
     def of(
@@ -142,7 +141,7 @@ class ContextCollector:
 
         Args:
             tokens: Token ids.
-            feature_acts: The SAE's activations of those tokens.
+            feature_acts: Activations of those tokens, in the units that the options name.
             route: Route of each token, an index into the routed blocks.
             weight: Route weight of each token.
             kept: False where a token is excluded.
@@ -173,6 +172,7 @@ class ContextCollector:
         self._n_fired += np.bincount(
             feature * len(self.hook_names) + routes[active.token], minlength=len(self._n_fired)
         )
+        self._sum_activation += np.bincount(feature, activation, minlength=self.d_sae)
         # few entries exceed the maximum, and `maximum.at` is slow
         record = activation > self._max_activation[feature]
         np.maximum.at(self._max_activation, feature[record], activation[record])
@@ -306,6 +306,7 @@ class ContextCollector:
             if_fired((share @ np.array(blocks)).tolist()),
             if_fired(entropy.tolist()),
             if_fired(depth.tolist()),
+            if_fired((self._sum_activation / np.maximum(fired, 1)).tolist()),
         ]
         return _typed_table(columns, FEATURE_SCHEMA)
 

@@ -1,7 +1,8 @@
 """A language model as judge of features, behind an OpenAI-compatible endpoint (paper 3.4).
 
 1. Sample: 100 interpretable features, with a seed.
-2. Ask: one prompt per feature (`judge_prompt`). Transient errors are retried.
+2. Ask: one prompt per feature (`judge_prompt`), with a JSON schema of the answer where the endpoint
+   takes one. Transient errors are retried.
 3. Write and summarize the results (`judge_results`); an interrupted run resumes with the features
    that have none.
 """
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 from sae_lens_route.errors import UserError
 from sae_lens_route.features.judge_prompt import (
+    ANSWER_SCHEMA,
     MAX_CONTEXTS,
     Answer,
     MalformedAnswer,
@@ -79,6 +81,16 @@ class JudgeRun(NamedTuple):
 # these fail for every feature: wrong key, no credit, no such model or address
 _HOPELESS_STATUS = (401, 402, 404)
 
+# an endpoint without structured outputs refuses the field with one of these
+_REFUSED_STATUS = (400, 422)
+
+_STRUCTURED: Mapping[str, Any] = {
+    "response_format": {
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "strict": True, "schema": ANSWER_SCHEMA},
+    }
+}
+
 _TRANSIENT_STATUS = (408, 409, 425, 429)  # and every 5xx
 
 
@@ -99,6 +111,8 @@ class Judge:
             random number from 0.5 to 1. The server's `Retry-After` is added.
         max_wait: Longest wait for a retry, in seconds. A feature fails if the server asks for more.
         max_contexts: Contexts shown per feature, the strongest.
+        structured: Whether to send the answer's JSON schema as `response_format`. An endpoint that
+            refuses it with status 400 or 422 is asked without it from then on.
         request: Further fields of the request. The reference uses temperature 0.1 and 128 tokens;
             256 leave room for the explanation.
         prices: Of a million prompt tokens and of a million completion tokens, for the estimate.
@@ -116,6 +130,7 @@ class Judge:
     backoff: float = 0.5
     max_wait: float = 120.0
     max_contexts: int = MAX_CONTEXTS
+    structured: bool = True
     request: Mapping[str, Any] = field(
         default_factory=lambda: {"temperature": 0.1, "max_tokens": 256}
     )
@@ -165,10 +180,12 @@ class Judge:
             todo = [feature for feature in sample if feature not in file.results]
             tqdm.write(str(self._estimate([prompts[f] for f in todo])), file=sys.stderr)
             slots = asyncio.Semaphore(self.concurrency)
+            schema = {} if "response_format" in self.request else dict(_STRUCTURED)
+            schema = schema if self.structured else {}
 
             async def score(feature: int) -> None:
                 async with slots:
-                    reply = await self._ask(openai, client, feature, prompts[feature])
+                    reply = await self._ask(openai, client, feature, prompts[feature], schema)
                 if isinstance(reply, JudgeResult):
                     file.append(reply)
                 else:
@@ -240,16 +257,21 @@ class Judge:
                 "not check keys"
             ) from error
 
-    async def _ask(self, openai: Any, client: Any, feature: int, text: str) -> JudgeResult | str:
-        """The result, or why there is none."""
+    async def _ask(
+        self, openai: Any, client: Any, feature: int, text: str, schema: dict[str, Any]
+    ) -> JudgeResult | str:
+        """The result, or why there is none; empties `schema` if the endpoint refuses it."""
         problem = ""
-        for attempt in range(1, self.max_attempts + 1):
-            asked_wait = 0.0
+        attempt = 0
+        while attempt < self.max_attempts:
+            attempt += 1
+            asked_wait, with_schema = 0.0, dict(schema)
             try:
                 reply = await asyncio.wait_for(
                     client.chat.completions.create(
                         model=self.model,
                         messages=[{"role": "user", "content": text}],
+                        **with_schema,
                         **self.request,
                     ),
                     self.timeout,
@@ -260,6 +282,10 @@ class Judge:
                 problem = f"status {status}: {error.message}"
                 if status in _HOPELESS_STATUS or error.code == "insufficient_quota":
                     raise UserError(f"the endpoint answers every request with {problem}") from error
+                if with_schema and status in _REFUSED_STATUS:
+                    schema.clear()
+                    attempt -= 1
+                    continue
                 if status < 500 and status not in _TRANSIENT_STATUS:
                     return problem
                 asked_wait = _retry_after(error.response.headers)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 from scipy.stats import rankdata
 
-from sae_lens_route.errors import UserError
+from sae_lens_route.errors import UserError, reading_errors
 from sae_lens_route.features.judge_prompt import CATEGORIES, MAX_CONTEXTS, SCORES, Answer, Category
 from sae_lens_route.features.table import FeatureTable
 
@@ -48,10 +48,13 @@ def read_sheet(path: str | Path) -> dict[int, Answer]:
     Columns may be separated by commas, semicolons or tabs, as spreadsheets save all three.
 
     Raises:
-        UserError: a column is missing, a feature is a duplicate, or a row does not have both a
-            category and a whole number from 1 to 5.
+        UserError: the file cannot be read, a column is missing, a feature is a duplicate, or a row
+            does not have both a category and a whole number from 1 to 5.
     """
-    with Path(path).open(encoding="utf-8-sig", newline="") as file:
+    with (
+        reading_errors(repr(str(path))),
+        Path(path).open(encoding="utf-8-sig", newline="") as file,
+    ):
         header = file.readline()
         separator = next((c for c in header if c in ",;\t"), ",")
         file.seek(0)

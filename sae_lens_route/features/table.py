@@ -10,15 +10,18 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int
+from sae_lens.saes.sae import SAE
 
-from sae_lens_route.errors import UserError
+from sae_lens_route.errors import UserError, reading_errors
 from sae_lens_route.records import typed
+from sae_lens_route.saes.metadata import routed_blocks
+from sae_lens_route.saes.units import Units, is_scaled, require_units
 
 THRESHOLD_SHARE = 0.331
 """The paper's threshold 15 at d_in = 2048, as a share of sqrt(d_in), a normalized stream's norm."""
@@ -44,6 +47,7 @@ class ContextOptions:
             in 3.14 does not) and never crosses a special token. "raw_tokens" follows the
             reference: a raw token . ! ? or " ends a sentence, `max_length // 2` tokens are kept
             on each side, and equal activations are ordered by their text.
+        units: Of thresholds and activations (`saes/units.py`): "n(x)", or "x_route", the paper's.
 
     Raises:
         UserError: a value is out of range, or `max_contexts_per_feature` is too small for
@@ -58,8 +62,10 @@ class ContextOptions:
     max_classes: int | None = None
     max_contexts_per_feature: int = 128
     sentences: Literal["decoded", "raw_tokens"] = "decoded"
+    units: Units = "n(x)"
 
     def __post_init__(self) -> None:
+        require_units(self.units)
         for threshold in (self.threshold or 0.0, *self.thresholds):
             if threshold < 0:
                 raise UserError(
@@ -92,6 +98,7 @@ class ContextOptions:
             max_classes=REFERENCE_MAX_CLASSES,
             max_contexts_per_feature=max(128, max_per_token * REFERENCE_MAX_CLASSES + 1, lines + 1),
             sentences="raw_tokens",
+            units="x_route",
         )
 
     @property
@@ -155,6 +162,8 @@ class FeatureProfile(NamedTuple):
     """Entropy of the shares, in nats: 0 at a single block, log L when spread evenly."""
     depth: Literal["shallow", "deep"] | None
     """Shallow if the mean route lies before the middle of the routes, (L - 1) / 2."""
+    mean_activation: float | None = None
+    """Mean over the kept tokens on which the feature is active; also None in earlier results."""
 
 
 class ThresholdCount(NamedTuple):
@@ -214,6 +223,7 @@ FEATURE_SCHEMA = pa.schema(
         ("mean_block", pa.float64()),
         ("block_entropy", pa.float64()),
         ("depth", pa.string()),
+        ("mean_activation", pa.float32()),
     ]
 )
 
@@ -268,10 +278,21 @@ class FeatureTable:
 
     @classmethod
     def from_parquet(cls, folder: str | Path) -> FeatureTable:
-        """Read the files that `to_parquet` wrote."""
-        contexts, features = (
-            pq.read_table(Path(folder) / f"{name}.parquet") for name in ("contexts", "features")
-        )
+        """Read the files that `to_parquet` wrote.
+
+        Raises:
+            UserError: a file cannot be read, or an earlier version wrote them, in units that they
+                do not name.
+        """
+        with reading_errors(str(folder)):
+            contexts, features = (
+                pq.read_table(Path(folder) / f"{name}.parquet") for name in ("contexts", "features")
+            )
+        if "mean_activation" not in features.column_names:
+            raise UserError(
+                f"{folder}: features of an earlier version, which did not record their units: find "
+                "them again with `features`"
+            )
         return cls(
             contexts=contexts.replace_schema_metadata(None),
             features=features.replace_schema_metadata(None),
@@ -298,3 +319,23 @@ class FeatureTable:
         }
         text = json.dumps(layout, ensure_ascii=False, indent=4)
         Path(path).write_text(text, encoding="utf-8")
+
+
+def require_table_of(sae: SAE[Any], table: FeatureTable, units: Units) -> None:
+    """Check that a table is of this SAE and in these units.
+
+    Raises:
+        UserError: it is not.
+    """
+    run = table.run
+    if (run.d_sae, list(run.routed_blocks)) != (sae.cfg.d_sae, routed_blocks(sae)):
+        raise UserError(
+            f"feature_table is of an SAE with d_sae={run.d_sae} and "
+            f"routed_blocks={list(run.routed_blocks)}, but this SAE has d_sae={sae.cfg.d_sae} and "
+            f"routed_blocks={routed_blocks(sae)}: find the contexts of this SAE"
+        )
+    if run.options.units != units and is_scaled(sae):
+        raise UserError(
+            f"feature_table is in units of {run.options.units}, but units={units!r}: pass "
+            f"units={run.options.units!r}, or find the contexts in units of {units}"
+        )

@@ -13,7 +13,6 @@ The rest of the package asks here and never checks a model's class itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,7 +25,6 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from sae_lens_route.errors import UserError
-from sae_lens_route.models.hook_ownership import HookPointHolder, OwnedHookPoint
 
 if TYPE_CHECKING:
     # A bridge offers the interface of HookedRootModule without being one, so at run time (where
@@ -203,7 +201,6 @@ class HookPointHome:
         self.block, self.name = block, name
         *module, self.attribute = name.split(".")[2:]
         self.module = ".".join(module)  # "" for the block itself
-        self._thread = get_ident()
 
     @property
     def _holder(self) -> nn.Module:
@@ -213,38 +210,9 @@ class HookPointHome:
         """The HookPoint, or the wrapper of an SAE that was added at it."""
         return getattr(self._holder, self.attribute)
 
-    def fire(self, value: Float[Tensor, "batch pos width"]) -> Tensor:
-        """The output of the hook point, or of the SAE that was added at it.
-
-        Raises:
-            RuntimeError: another thread added or removed what this pass reaches there.
-        """
-        point = self.get()
-        self._require_own_sae(point)
-        if not isinstance(point, HookPoint):
-            return point(value)
-        if not isinstance(point, OwnedHookPoint):
-            OwnedHookPoint.of(point, set())
-        assert isinstance(point, OwnedHookPoint)
-        point.require_own()
-        result = point(value)
-        point.require_own()  # not removed in the meantime, before they ran
-        return result
-
-    def _require_own_sae(self, point: nn.Module) -> None:
-        holder = self._holder
-        if isinstance(holder, HookPointHolder):
-            holder.require_own(point, self.name)
-        elif get_ident() != self._thread:
-            raise RuntimeError(
-                f"hook_name={self.name!r}: at a name of this form one thread only, the one that "
-                "attached, can run passes; for more set sae.cfg.metadata.hook_name to "
-                "blocks.N.route.hook_resid_post (or .stack. for a crosscoder) and attach again"
-            )
-
     def add(self) -> None:
         """Create the hook point."""
-        self._set(OwnedHookPoint())
+        self._set(HookPoint())
         self.model.setup()
 
     def remove(self) -> None:
@@ -254,7 +222,7 @@ class HookPointHome:
 
     def _set(self, hook_point: HookPoint) -> None:
         if self.module:
-            self.block.add_module(self.module, HookPointHolder())
+            self.block.add_module(self.module, nn.Module())
         setattr(self._holder, self.attribute, hook_point)
 
     def _delete(self) -> None:
@@ -266,7 +234,7 @@ class BridgeHookPointHome(HookPointHome):
 
     @override
     def add(self) -> None:
-        hook_point = OwnedHookPoint()
+        hook_point = HookPoint()
         self._set(hook_point)
         self.model._hook_registry[self.name] = hook_point
         hook_point.name = self.name
@@ -286,12 +254,8 @@ class ProxyHookPointHome(HookPointHome):
         return self.model.hook_dict[self.name]
 
     @override
-    def _require_own_sae(self, point: nn.Module) -> None:
-        """A proxy has no `add_sae`."""
-
-    @override
     def add(self) -> None:
-        hook_point = OwnedHookPoint()
+        hook_point = HookPoint()
         hook_point.name = self.name
         self.model.hook_dict[self.name] = self.model.mod_dict[self.name] = hook_point
         self.model.named_modules_dict[self.name] = self.block

@@ -46,11 +46,7 @@ from sae_lens_route.models.names import (
     local_folder,
     one_line_errors,
 )
-from sae_lens_route.models.trust import (
-    PROCESSING,
-    require_harmless_model,
-    require_harmless_options,
-)
+from sae_lens_route.models.trust import PROCESSING, require_harmless, require_no_code
 
 MODEL_CLASS_NAMES = ("HookedTransformer", "TransformerBridge", "AutoModelForCausalLM")
 
@@ -115,6 +111,8 @@ def load_model(
     kwargs = {**from_pretrained_kwargs, "trust_remote_code": trust_remote_code}
     with one_line_errors(model_name):
         folder = local_folder(model_name, model_class_name)
+        if folder is not None and not trust_remote_code:
+            require_no_code(model_name, folder)
         if folder is None:
             return _load_by_name(
                 model_name, model_class_name, device, torch_dtype, hook_names, kwargs
@@ -150,11 +148,8 @@ def load_named_model(
     kind, kwargs = model_class_name or "HookedTransformer", dict(options or {})
     if trust_remote_code:
         return load_model(model_name, kind, device=device, **{**kwargs, "trust_remote_code": True})
-    require_harmless_options(kwargs)
     if kind in MODEL_CLASS_NAMES:
-        with one_line_errors(model_name):
-            folder = local_folder(model_name, kind)
-            require_harmless_model(model_name, folder, kind, kwargs.get("revision"))
+        require_harmless(model_name, kind, kwargs)
     if kind == "AutoModelForCausalLM":
         kwargs["use_safetensors"] = True
     return load_model(model_name, kind, device=device, **kwargs)
@@ -171,7 +166,10 @@ def model_width(model_name: str, model_class_name: str = "HookedTransformer") ->
         folder = local_folder(model_name, model_class_name)
         name = str(folder) if folder else official_names.get(model_name.lower(), model_name)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        return config.get_text_config().hidden_size
+        width = getattr(config.get_text_config(), "hidden_size", None)
+        if width is None:
+            raise UserError(f"model_name={model_name!r}: config.json has no hidden_size; give d_in")
+        return width
 
 
 def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype:

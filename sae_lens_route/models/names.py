@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 from safetensors import SafetensorError
 from transformer_lens.loading_from_pretrained import make_model_alias_map
@@ -65,6 +66,11 @@ def one_line_errors(model_name: str) -> Iterator[None]:
             f"model_name={model_name!r} comes with code of its own, which is not run; choose "
             "another model, or if you trust its authors set trust_remote_code=True "
             "(--trust-remote-code)"
+        ) from error
+    except UnpicklingError as error:  # its message advises to run the code
+        raise UserError(
+            f"model_name={model_name!r}: its weights are pickles of more than tensors, which are "
+            "not read; use a model with safetensors"
         ) from error
     except (OSError, RuntimeError, SafetensorError) as error:
         # OSError for an unknown name and for no network, SafetensorError for a damaged file, and

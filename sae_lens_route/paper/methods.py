@@ -127,7 +127,7 @@ METHODS = (
     ),
     ASSIGNMENT := Method(
         "RouteSAE, assignment",
-        _topk(router_objective="assignment"),
+        _topk(router_objective="assignment", scale_by_probability=True),
         ("routers", "sparsity", "context-rules", "claims", "unscaled"),
         has_twin=True,
     ),

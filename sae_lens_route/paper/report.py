@@ -1,23 +1,17 @@
-"""The tables of a reproduction in Markdown, each a function of its `ReproductionResult`.
-
-`fill_tables` rewrites a page's tables between the markers `<!-- table: NAME -->` and
-`<!-- /table -->`.
-"""
+"""The tables of a reproduction in Markdown, each a function of its `ReproductionResult`."""
 
 from __future__ import annotations
 
-import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from scipy import stats
 
-from sae_lens_route.errors import UserError
 from sae_lens_route.evals.comparison import SweepRow
 from sae_lens_route.features.sentences import CLOSE, OPEN
+from sae_lens_route.paper.markdown import markdown
 from sae_lens_route.paper.methods import (
     ASSIGNMENT,
     METHODS,
@@ -73,28 +67,6 @@ def tables(result: ReproductionResult) -> dict[str, str]:
     }
 
 
-def fill_tables(page: Path, by_name: Mapping[str, str]) -> None:
-    """Write the tables between their markers in a Markdown file; the rest is unchanged.
-
-    Raises:
-        UserError: the page marks a table that is not among them.
-    """
-
-    def filled(match: re.Match[str]) -> str:
-        if match[2] not in by_name:
-            raise UserError(f"{page}: no table {match[2]!r}; there are {', '.join(by_name)}")
-        return f"{match[1]}\n{by_name[match[2]]}\n{match[3]}"
-
-    pattern = r"(<!-- table: ([\w-]+) -->).*?(<!-- /table -->)"
-    page.write_text(re.sub(pattern, filled, page.read_text(), flags=re.S))
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
-
-
 def _over_seeds(values: Iterable[float | None], form: str = ".3f") -> str:
     """Mean ± half width of the known values; a dash without any."""
     known = [value for value in values if value is not None]
@@ -110,7 +82,7 @@ def _rows(trained: Iterable[Trained], method: Method, *stages: Stage) -> list[Sw
 
 
 def _settings_table(result: ReproductionResult) -> str:
-    return _markdown(["setting", "value"], asdict(result.settings).items())
+    return markdown(["setting", "value"], asdict(result.settings).items())
 
 
 def routers_table(trained: Sequence[Trained]) -> str:
@@ -133,7 +105,7 @@ def routers_table(trained: Sequence[Trained]) -> str:
         rows.append(cells)
     header = ["router", "NormMSE", "KL", "same shares, random: NormMSE", "KL", "gain, NormMSE"]
     header += ["gain, KL", "NormMSE at the assignment's shares", "KL there", "least share"]
-    return _markdown([*header, "mean p"], rows)
+    return markdown([*header, "mean p"], rows)
 
 
 def _shares_table(result: ReproductionResult) -> str:
@@ -144,7 +116,7 @@ def _shares_table(result: ReproductionResult) -> str:
         for row in _rows(result.trained, method, "main")
         if row.share_by_block is not None and len(row.share_by_block) > 1
     ]
-    return _markdown(["method", "seed", *(f"block {block}" for block in blocks)], rows)
+    return markdown(["method", "seed", *(f"block {block}" for block in blocks)], rows)
 
 
 def _loss_recovered(row: SweepRow) -> float | None:
@@ -168,7 +140,7 @@ def _methods_table(result: ReproductionResult) -> str:
         if (runs := _rows(result.trained, method, "main"))
     ]
     header = ["method", "seeds", "parameters", "L0", "NormMSE", "KL", "loss recovered"]
-    return _markdown([*header, "dead features", "mean p"], rows)
+    return markdown([*header, "dead features", "mean p"], rows)
 
 
 def _sparsity_table(result: ReproductionResult, exhibit: Exhibit) -> str:
@@ -186,7 +158,7 @@ def _sparsity_table(result: ReproductionResult, exhibit: Exhibit) -> str:
         for trained, features in result.at_sparsities(method)
     ]
     header = ["method", "k aimed at", "L0", "NormMSE", "KL"]
-    return _markdown([*header, f"features above {READ_SHARE:g} sqrt d", "score"], rows)
+    return markdown([*header, f"features above {READ_SHARE:g} sqrt d", "score"], rows)
 
 
 def _differences_table(result: ReproductionResult) -> str:
@@ -209,7 +181,7 @@ def _differences_table(result: ReproductionResult) -> str:
         cells.append(_over_seeds(dead_features, ".0f"))
         rows.append(cells)
     header = ["variant", "NormMSE", "change", "KL", "change", "share of its last block", "mean p"]
-    return _markdown([*header, "dead features"], rows)
+    return markdown([*header, "dead features"], rows)
 
 
 def _context_rules_table(result: ReproductionResult) -> str:
@@ -223,7 +195,7 @@ def _context_rules_table(result: ReproductionResult) -> str:
         ]
         rows.append([method.label, *(_over_seeds(map(float, rule), ".0f") for rule in rules)])
     header = ["method", "at least 4 contexts (paper)", "more than 4 (code)"]
-    return _markdown([*header, "at most 32 token classes (code)"], rows)
+    return markdown([*header, "at most 32 token classes (code)"], rows)
 
 
 def _features_table(result: ReproductionResult) -> str:
@@ -236,7 +208,7 @@ def _features_table(result: ReproductionResult) -> str:
             cells.append(_over_seeds(counts.judge_score for counts in runs))
             rows.append([method.label, *cells])
     header = ["method", *(f"features above {share:g} sqrt d" for share in THRESHOLD_SHARES)]
-    return _markdown([*header, "surface score", "judge's score"], rows)
+    return markdown([*header, "surface score", "judge's score"], rows)
 
 
 _Measure = Callable[[FeatureCounts], float | None]
@@ -263,7 +235,7 @@ def _claims_table(result: ReproductionResult) -> str:
                 gain = interval([values[seed] / base[seed] - 1 for seed in seeds])
                 means = [f"{statistics.fmean(each.values()):.3g}" for each in (values, base)]
                 rows.append([title, method.label, *means, gain.show("+.1%")])
-    return _markdown(["measure", "method", "mean", "TopK", "difference"], rows)
+    return markdown(["measure", "method", "mean", "TopK", "difference"], rows)
 
 
 def _unscaled_table(result: ReproductionResult) -> str:
@@ -277,7 +249,7 @@ def _unscaled_table(result: ReproductionResult) -> str:
         ]
         for scales in result.unscaled
     ]
-    return _markdown(["method", "seed", "mean p", "KL, scaled", "KL, unscaled"], rows)
+    return markdown(["method", "seed", "mean p", "KL, scaled", "KL, unscaled"], rows)
 
 
 def _paper_table(result: ReproductionResult) -> str:
@@ -292,7 +264,7 @@ def _paper_table(result: ReproductionResult) -> str:
         ours = [_over_seeds(row.norm_mse for row in runs), _over_seeds(kls, ".0f")]
         rows.append([k, norm_mse, ours[0], kl, ours[1], n_features, score])
     header = ["k", "NormMSE, paper", "ours", "KL per 512 tokens, paper", "ours"]
-    return _markdown([*header, "features, paper", "score, paper"], rows)
+    return markdown([*header, "features, paper", "score, paper"], rows)
 
 
 def _feature_blocks_table(result: ReproductionResult) -> str:
@@ -312,7 +284,7 @@ def _feature_blocks_table(result: ReproductionResult) -> str:
             ]
         )
     header = ["kind", "feature", "token classes", "mean block"]
-    return _markdown([*header, *(f"block {block}" for block in blocks), "contexts"], rows)
+    return markdown([*header, *(f"block {block}" for block in blocks), "contexts"], rows)
 
 
 def _depth_table(result: ReproductionResult) -> str:
@@ -321,7 +293,7 @@ def _depth_table(result: ReproductionResult) -> str:
     header = ["features", "rank correlation of classes and block", "p"]
     header += ["median block, quarter with the fewest classes", "with the most", "p, one-sided"]
     if len(depths) < 8:
-        return _markdown(header, [[len(depths), *["-"] * 5]])
+        return markdown(header, [[len(depths), *["-"] * 5]])
     blocks = [depth.mean_block for depth in depths]
     quarter = len(depths) // 4
     few, many = blocks[:quarter], blocks[-quarter:]
@@ -329,7 +301,7 @@ def _depth_table(result: ReproductionResult) -> str:
     deeper: Any = stats.mannwhitneyu(many, few, alternative="greater")
     cells = [f"{correlation.statistic:.2f}", f"{correlation.pvalue:.2g}"]
     cells += [f"{statistics.median(part):.1f}" for part in (few, many)]
-    return _markdown(header, [[len(depths), *cells, f"{deeper.pvalue:.2g}"]])
+    return markdown(header, [[len(depths), *cells, f"{deeper.pvalue:.2g}"]])
 
 
 def _cell(text: str, width: int = 90) -> str:

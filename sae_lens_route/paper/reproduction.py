@@ -31,9 +31,10 @@ from sae_lens_route.models.kinds import LanguageModel
 from sae_lens_route.models.load import load_model
 from sae_lens_route.paper.feature_stage import read_features
 from sae_lens_route.paper.figures import write_figures
+from sae_lens_route.paper.markdown import fill_tables
 from sae_lens_route.paper.methods import METHODS, shown_in
 from sae_lens_route.paper.plan import Reproduction, Run, Settings, sweep_entries
-from sae_lens_route.paper.report import fill_tables, tables
+from sae_lens_route.paper.report import tables
 from sae_lens_route.paper.results import (
     Features,
     ReproductionResult,

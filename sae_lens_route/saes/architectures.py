@@ -27,13 +27,9 @@ from sae_lens.saes.gated_sae import (
 from sae_lens.saes.jumprelu_sae import (
     JumpReLUSAE,
     JumpReLUSAEConfig,
-    JumpReLUTrainingSAE,
     JumpReLUTrainingSAEConfig,
 )
-from sae_lens.saes.matryoshka_batchtopk_sae import (
-    MatryoshkaBatchTopKTrainingSAE,
-    MatryoshkaBatchTopKTrainingSAEConfig,
-)
+from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAEConfig
 from sae_lens.saes.standard_sae import (
     StandardSAE,
     StandardSAEConfig,
@@ -42,7 +38,11 @@ from sae_lens.saes.standard_sae import (
 )
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
-from sae_lens_route.saes.asynchronous import AsynchronousBatchTopK
+from sae_lens_route.saes.asynchronous import (
+    AsynchronousBatchTopK,
+    AsynchronousJumpReLU,
+    AsynchronousMatryoshkaBatchTopK,
+)
 from sae_lens_route.saes.routed import RoutedSAEMixin, RoutedTrainingSAEMixin
 from sae_lens_route.saes.routed_config import RoutedConfigMixin, RoutedTrainingConfigMixin
 from sae_lens_route.saes.sparse_topk import SparseTopKTrainingConfig, SparseTopKTrainingSAE
@@ -112,7 +112,7 @@ class RouteJumpReLUTrainingSAEConfig(RoutedTrainingConfigMixin, JumpReLUTraining
         super().__post_init__()
 
 
-class RouteJumpReLUTrainingSAE(RoutedTrainingSAEMixin, JumpReLUTrainingSAE):
+class RouteJumpReLUTrainingSAE(RoutedTrainingSAEMixin, AsynchronousJumpReLU):
     """A RouteSAE with JumpReLU, for training."""
 
     cfg: RouteJumpReLUTrainingSAEConfig  # type: ignore[assignment]
@@ -215,9 +215,7 @@ class RouteMatryoshkaBatchTopKTrainingSAEConfig(
             self.matryoshka_widths = [max(1, self.d_sae // n) for n in (8, 4, 2, 1)]
 
 
-class RouteMatryoshkaBatchTopKTrainingSAE(
-    RoutedTrainingSAEMixin, AsynchronousBatchTopK, MatryoshkaBatchTopKTrainingSAE
-):
+class RouteMatryoshkaBatchTopKTrainingSAE(RoutedTrainingSAEMixin, AsynchronousMatryoshkaBatchTopK):
     """A RouteSAE with nested BatchTopK dictionaries, for training; saved as `route_jumprelu`."""
 
     cfg: RouteMatryoshkaBatchTopKTrainingSAEConfig  # type: ignore[assignment]

@@ -62,6 +62,8 @@ class MultiLayerTopKTrainingSAE(RouteTopKTrainingSAE):
         step_input = self.begin_step(step_input)
         streams = normalize(step_input.sae_in.to(self.dtype))
         rows = rearrange(streams, "tokens L d -> (tokens L) d")
+        if step_input.n_training_steps == 0:
+            self.initialize_b_dec(rows)
         output = TopKTrainingSAE.training_forward_pass(self, replace(step_input, sae_in=rows))
         n_routes = self.cfg.n_routed_layers
         output.metrics.update({f"route_share/{name}": 1 / n_routes for name in route_names(self)})

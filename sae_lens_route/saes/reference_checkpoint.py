@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from sae_lens import __version__ as sae_lens_version
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
-from sae_lens_route.errors import UserError
+from sae_lens_route.errors import UserError, reading_errors
 from sae_lens_route.saes.architectures import RouteTopKSAEConfig
 from sae_lens_route.saes.metadata import routed_hook_name
 from sae_lens_route.saes.router import Aggregation, RoutingMode
@@ -57,7 +58,8 @@ def reference_converter(
     def convert(
         path: str | Path, device: str = "cpu", cfg_overrides: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        theirs = torch.load(path, map_location=device, weights_only=True)
+        with reading_errors(str(path), pickle.UnpicklingError, EOFError, RuntimeError):
+            theirs = torch.load(path, map_location=device, weights_only=True)
         if missing := [name for name in _NAMES if name not in theirs]:
             raise UserError(
                 f"{path}: not a RouteSAE checkpoint of the published code: no {missing}"

@@ -15,6 +15,7 @@ from sae_lens_route.saes.router import Aggregation, RoutingMode
 from sae_lens_route.saes.streams import StreamsConfigMixin, TrainingConfigBase, require_choice
 
 RouterObjective = Literal["reconstruction", "assignment", "frozen"]
+BDecInit = Literal["zeros", "mean", "geometric_median"]
 
 
 @dataclass
@@ -26,6 +27,8 @@ class RoutedConfigMixin(StreamsConfigMixin):
         routing: "hard" (one block per token, scaled by its probability), "soft" (the mixture) or
             "uniform" (a block drawn at random, the paper's Random baseline).
         aggregation: how the streams are pooled for the router: "sum", "mean" or "attention".
+        scale_by_probability: whether hard routing scales the chosen stream by its probability p
+            (Eq. 9). Without it x_route is n(x) and activations mean the same at every token.
         routing_seed: seed of the uniform draw.
         route_shares: share of the tokens that uniform routing sends to each routed block, summing
             to 1; None means equal shares. With a trained router's shares it is the random router
@@ -35,6 +38,7 @@ class RoutedConfigMixin(StreamsConfigMixin):
 
     routing: RoutingMode = "hard"
     aggregation: Aggregation = "sum"
+    scale_by_probability: bool = True
     routing_seed: int = 0
     route_shares: list[float] | None = None
     layer_shares: list[float] | None = field(default=None, repr=False)
@@ -86,6 +90,10 @@ class RoutedTrainingConfigMixin(RoutedConfigMixin, TrainingConfigBase):
             does. "assignment" trains it to predict where each token is reconstructed best when
             every block gets the same load (`assignment.py`). "frozen" keeps its random
             initialization.
+        scale_by_probability: None scales unless the objective is "assignment", which needs no
+            gradient through p.
+        b_dec_init: what `b_dec` is set to before the first step: "zeros", as in the paper's code,
+            or the "mean" or "geometric_median" (Gao et al. 2024) of the first batch's x_route.
         latent_bias: whether `b_enc` is trained, as in the paper's code, or stays 0, as in its
             Eq. 10.
         decoder_norm_interval: decoder rows are set to unit norm before the first step, after steps
@@ -96,6 +104,8 @@ class RoutedTrainingConfigMixin(RoutedConfigMixin, TrainingConfigBase):
 
     loss: LossName = "normalized_mse"
     router_objective: RouterObjective = "reconstruction"
+    scale_by_probability: bool | None = None  # type: ignore[assignment]
+    b_dec_init: BDecInit = "zeros"
     latent_bias: bool = True
     decoder_norm_interval: int = 10
     decoder_init_norm: float | None = None
@@ -104,6 +114,10 @@ class RoutedTrainingConfigMixin(RoutedConfigMixin, TrainingConfigBase):
         super().__post_init__()
         require_choice("loss", self.loss, get_args(LossName))
         require_choice("router_objective", self.router_objective, get_args(RouterObjective))
+        require_choice("b_dec_init", self.b_dec_init, get_args(BDecInit))
+        if self.scale_by_probability is None:
+            self.scale_by_probability = self.router_objective != "assignment"
+        self._check_scale(self.scale_by_probability)
         if self.router_objective == "assignment" and self.routing != "hard":
             raise UserError(
                 f"router_objective='assignment': routing={self.routing!r} does not send each token "
@@ -113,6 +127,15 @@ class RoutedTrainingConfigMixin(RoutedConfigMixin, TrainingConfigBase):
             raise UserError(f"latent_bias=False: {self.architecture()} has no b_enc to hold at 0")
         if self.decoder_norm_interval < 0:
             raise UserError(f"decoder_norm_interval={self.decoder_norm_interval}: must be >= 0")
+
+    def _check_scale(self, scales: bool) -> None:
+        learns_through_p = self.routing != "uniform" and self.router_objective == "reconstruction"
+        if not scales and (learns_through_p or self.routing == "soft"):
+            raise UserError(
+                f"scale_by_probability=False: with routing={self.routing!r} and router_objective="
+                f"{self.router_objective!r} the router learns only through p; leave it out, or set "
+                "router_objective='assignment' or 'frozen'"
+            )
 
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:

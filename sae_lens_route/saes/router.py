@@ -4,6 +4,7 @@
 2. Pool over streams:                       v = sum_i n(x_i)                               (Eq. 5)
 3. Route probabilities:                     p = softmax(v @ W_router)                    (Eq. 6-7)
 4. Route:   hard     x_route = p_i* n(x_i*), i* = argmax p                               (Eq. 8-9)
+                     (n(x_i*) alone without `scale_by_probability`)
             soft     x_route = sum_i p_i n(x_i)                                           (Eq. 14)
             uniform  x_route = n(x_i*), i* drawn uniformly (the paper's Random baseline),
                      or with a given share for each route
@@ -38,7 +39,7 @@ class Routing(NamedTuple):
     route: Int[Tensor, ...]
     """The chosen route i*, a position among the routed blocks; the most probable under soft."""
     weight: Float[Tensor, ...]
-    """Factor of the chosen stream's n(x): p of that route, or 1 under uniform routing."""
+    """Factor of the chosen stream's n(x): p of that route, or 1 where p does not scale."""
     x_route: Float[Tensor, "... d"]
     """The routed activation, in normalized units: the SAE's input (Eq. 9, 14)."""
     mean: Float[Tensor, "... L"]
@@ -149,6 +150,7 @@ def route(
     *,
     routing: RoutingMode = "hard",
     aggregation: Aggregation = "sum",
+    scale_by_probability: bool = True,
     q_router: Float[Tensor, " d"] | None = None,
     route_shares: Float[Tensor, " L"] | None = None,
     generator: torch.Generator | None = None,
@@ -161,6 +163,7 @@ def route(
         W_router: Router weights, no bias.
         routing: hard, soft or uniform.
         aggregation: how the streams are pooled before the router reads them.
+        scale_by_probability: whether hard routing scales the chosen stream by its probability.
         q_router: the attention query, read only when aggregation is "attention".
         route_shares: distribution that uniform routing draws routes from; None means equal shares.
         generator: source of the uniform draw, on the device of `x`.
@@ -182,6 +185,8 @@ def route(
         if routing == "soft":
             x_route = _weighted_sum(x, probs, mean, scale)
             return Routing(probs, chosen, weight, x_route, mean, scale)
+        if not scale_by_probability:
+            weight = torch.ones_like(weight)
     at = chosen.unsqueeze(-1)
     chosen_mean, chosen_scale = mean.gather(-1, at), scale.gather(-1, at)
     x_route = (pick_route(x, chosen) - chosen_mean) * (weight.unsqueeze(-1) / chosen_scale)

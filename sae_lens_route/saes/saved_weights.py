@@ -1,5 +1,5 @@
-"""What `sae_weights.safetensors` must hold: finite tensors of the SAE's names and shapes, and those
-that were saved.
+"""What `sae_weights.safetensors` must hold: finite tensors of the SAE's names and shapes, whose
+function is finite, and those that were saved.
 
 At saving, the SHA-256 of every tensor is written to `metadata.weights_sha256` of `cfg.json`, as
 `{"W_dec": "float32:9f86…"}`: of its dtype, shape and bytes. SAELens's loaders convert tensors to
@@ -56,8 +56,9 @@ def check_values(weights: Mapping[str, Tensor], digests: Mapping[str, str] | Non
         UserError: A tensor is not; the message names it.
     """
     for name, tensor in weights.items():
-        if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-            raise weights_error(name, "holds values that are not finite")
+        _require_finite(name, tensor, "holds values")
+        if name == "log_threshold":  # of checkpoints by older versions of SAELens
+            _require_finite(name, tensor.exp(), "gives thresholds")
     if digests is None:
         return []
     if weights.keys() != digests.keys():
@@ -94,6 +95,31 @@ def check_shapes(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
                 name,
                 f"has shape {list(tensor.shape)}, not {list(expected[name].shape)} as cfg.json",
             )
+
+
+def check_function(weights: Mapping[str, Tensor], rescale_acts_by_decoder_norm: bool) -> None:
+    """Check that what an SAE computes from its weights alone, for any input, is finite.
+
+    Args:
+        weights: With the shapes of the SAE.
+        rescale_acts_by_decoder_norm: Whether it multiplies and divides by the decoder's norms.
+
+    Raises:
+        UserError: It is not; the message names the tensor.
+    """
+    if "r_mag" in weights:
+        magnitudes = weights["W_enc"] * weights["r_mag"].exp()
+        _require_finite("r_mag", magnitudes, "gives encoder weights W_enc * exp(r_mag)")
+    if rescale_acts_by_decoder_norm:
+        norms = weights["W_dec"].norm(dim=-1)
+        _require_finite(
+            "W_dec", torch.stack([norms, 1 / norms]), "has rows of norms, or inverses of norms,"
+        )
+
+
+def _require_finite(name: str, values: Tensor, what: str) -> None:
+    if not values.is_meta and not bool(torch.isfinite(values).all()):
+        raise weights_error(name, f"{what} that are not finite")
 
 
 def _is_saved(name: str, tensor: Tensor, digests: Mapping[str, str]) -> bool:

@@ -32,7 +32,7 @@ from typing_extensions import override
 
 from sae_lens_route.saes.asynchronous import AsynchronousTopK
 
-_DTYPES = (torch.float32, torch.float64)
+PRECISE = (torch.float32, torch.float64)
 """Precise enough for sums over many rows."""
 
 
@@ -93,7 +93,7 @@ class SparseTopKTrainingSAE(AsynchronousTopK):
             and not self.cfg.rescale_acts_by_decoder_norm
             and x.ndim == 2
             and x.device.type == "cpu"
-            and self.W_enc.dtype in _DTYPES
+            and self.W_enc.dtype in PRECISE
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
         )
@@ -135,7 +135,7 @@ class SparseEncode(Function):
         if grad_acts is not None:
             grad = _at(grad_acts, features) * active
             if ctx.needs_input_grad[0]:
-                grad_x = _rows_by_token(features, grad, W_enc.t())
+                grad_x = rows_by_token(features, grad, W_enc.t())
             grad_W = _rows_by_feature(features, grad, x, W_enc.shape[1]).t()
             grad_b = grad.new_zeros(W_enc.shape[1])
             grad_b.index_add_(0, features.flatten(), grad.flatten())
@@ -159,7 +159,7 @@ class SparseDecode(Function):
         features = indices[1].view(len(feature_acts), -1)
         values = feature_acts._values().view_as(features)
         ctx.save_for_backward(indices, values, W_dec)
-        return _rows_by_token(features, values, W_dec)
+        return rows_by_token(features, values, W_dec)
 
     @staticmethod
     @once_differentiable
@@ -197,7 +197,7 @@ def _at(grad: Tensor, features: Int[Tensor, "tokens k"]) -> Float[Tensor, "token
     return grad.to_dense().gather(-1, features)
 
 
-def _rows_by_token(
+def rows_by_token(
     features: Int[Tensor, "tokens k"],
     weights: Float[Tensor, "tokens k"],
     rows: Float[Tensor, "d_sae d"],
@@ -233,5 +233,5 @@ def _dot_rows(
     """Dot products of every token's vector with its features' rows: `embedding_bag`'s gradient."""
     weights = torch.zeros(features.shape, dtype=rows.dtype, requires_grad=True)
     with torch.enable_grad():
-        sums = _rows_by_token(features, weights, rows.detach())
+        sums = rows_by_token(features, weights, rows.detach())
     return torch.autograd.grad(sums, weights, vectors)[0]

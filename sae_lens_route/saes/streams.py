@@ -26,6 +26,7 @@ from typing_extensions import override
 from sae_lens_route.errors import UserError
 from sae_lens_route.saes.saved_config import check_saved_config, read_json_object
 from sae_lens_route.saes.saved_weights import (
+    check_function,
     check_shapes,
     check_values,
     warn_of_narrow,
@@ -106,6 +107,7 @@ class StreamsSAEMixin(SAEBase):
         warn_of_narrow(check_values(state_dict, digests))
         super().process_state_dict_for_loading(state_dict)
         check_shapes(state_dict, self.state_dict())
+        check_function(state_dict, getattr(self.cfg, "rescale_acts_by_decoder_norm", False))
 
 
 class StreamsTrainingSAEMixin(StreamsSAEMixin, TrainingSAEBase):
@@ -131,9 +133,9 @@ def require_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def without_unused_mask(step_input: TrainStepInput, cfg: TrainingSAEConfig) -> TrainStepInput:
-    """The step without its mask of dead features where there is no auxiliary loss to use it.
+    """The step without its mask of dead features where the auxiliary loss has a weight of 0.
 
-    SAELens then skips the loss, and with it the count of dead features, which stalls a GPU.
+    The loss is then skipped, not computed and multiplied by 0.
     """
     if getattr(cfg, "aux_loss_coefficient", None) == 0:
         return replace(step_input, dead_neuron_mask=None)

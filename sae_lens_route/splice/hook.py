@@ -38,24 +38,24 @@ sees one gradient per firing, zero outside the tokens of that block: their sum i
 `hidden_states` that a Hugging Face model returns on request contain replayed blocks twice.
 
 Steps 1, 3 and the loop of 4 are here, for both kinds of SAE; `routed.py` and `crosscoder.py` hold
-what passes through the hook point and how it is written, `calls.py` the arguments and caches.
+what passes through the hook point and how it is written, `calls.py` the arguments and caches,
+`passes.py` what a pass is, `model_calls.py` which thread may use the model.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sae_lens_route.errors import UserError
-from sae_lens_route.models.hook_ownership import ONE_THREAD
 from sae_lens_route.models.kinds import (
     LanguageModel,
-    block_loop,
     d_model,
     decoder_blocks,
     hook_point_home,
@@ -66,7 +66,8 @@ from sae_lens_route.saes.crosscoder import CrosscoderSAEMixin
 from sae_lens_route.saes.metadata import routed_blocks
 from sae_lens_route.saes.routed import RoutedSAEMixin
 from sae_lens_route.splice.calls import BlockCall
-from sae_lens_route.splice.passes import ModelCalls, Pass, ReadingT, ReplayT
+from sae_lens_route.splice.model_calls import ModelCalls
+from sae_lens_route.splice.passes import Pass, ReadingT, ReplayT
 
 AnyHook = TypeVar("AnyHook", bound="StreamsHook[Any, Any]")
 
@@ -90,17 +91,24 @@ class StreamsHook(ABC, Generic[ReadingT, ReplayT]):
         self.routed_blocks = _fitting_blocks(sae, d_model(model), len(self._blocks))
         self.name: str = sae.cfg.metadata.hook_name
         self._first, self._last = self.routed_blocks[0], self.routed_blocks[-1]
+        self._handles = []
+        self._calls = ModelCalls.watch(model)
+        try:
+            with self._calls.alone("attach()"):
+                self._add()
+        except BaseException:
+            self._calls.release(model)
+            raise
 
+    def _add(self) -> None:
         for index in range(self._first, self._last + 1):
             if (other := attached_hook(self._blocks[index])) is not None:
                 raise UserError(
                     f"block {index} has a {type(other.sae).__name__} attached already, at "
                     f"{other.name!r}; remove() that one first"
                 )
-        self._home = hook_point_home(model, self._blocks[self._last], self.name)
+        self._home = hook_point_home(self.model, self._blocks[self._last], self.name)
         self._home.add()
-        self._calls = ModelCalls.watch(block_loop(model))
-        self._handles = []
         for index in range(self._first, self._last + 1):
             before, after = partial(self._before, index), partial(self._after, index)
             self._handles += [
@@ -115,15 +123,20 @@ class StreamsHook(ABC, Generic[ReadingT, ReplayT]):
         return self._home.get()
 
     def remove(self) -> None:
-        """Remove the hook point and an SAE added at it; the model is as it was before."""
+        """Remove the hook point and an SAE added at it; the model is as it was before.
+
+        It is never refused: what other threads are doing at the hook point is.
+        """
+        if self._handles:
+            self._calls.announce_removal(self.name)
         if self.name in getattr(self.model, "acts_to_saes", {}):
-            self.model.reset_saes(self.name)  # type: ignore[operator]
+            cast("Any", type(self.model)).reset_saes(self.model, self.name)
         if self._handles:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
             self._calls.frame.passes.pop(self, None)
-            self._calls.release()
+            self._calls.release(self.model)
             self._home.remove()
 
     def __enter__(self: AnyHook) -> AnyHook:
@@ -166,10 +179,13 @@ class StreamsHook(ABC, Generic[ReadingT, ReplayT]):
             current.streams[index] = stream
         if index != self._last:
             return None
+        frame = self._calls.frame
         try:
-            return self._finish(current, output)
+            # blocks that are called one by one are a pass of the model from here on
+            with nullcontext() if frame.is_call else self._calls.overlapping(frame):
+                return self._finish(current, output)
         finally:
-            self._calls.frame.passes.pop(self, None)
+            frame.passes.pop(self, None)
 
     @property
     def _unfinished(self) -> Pass[ReadingT, ReplayT] | None:
@@ -205,7 +221,7 @@ class StreamsHook(ABC, Generic[ReadingT, ReplayT]):
         current.replay = self._begin_replay(current.reading, cache_is_edited)
         if current.replay is not None:
             output = self._replay(current, current.replay, stream, output)
-            self._require_attached()
+            self._require_same_contents()
         self._calls.frame.end_pass(current)
         return None if current.replay is None else output
 
@@ -244,20 +260,33 @@ class StreamsHook(ABC, Generic[ReadingT, ReplayT]):
     def _run_hook_point(self, value: Float[Tensor, "batch pos width"]) -> Tensor:
         frame, point = self._calls.frame, self.hook_point
         if frame.overlapping and getattr(point, "exclude_special_tokens", False) is not False:
-            raise RuntimeError(
+            raise UserError(
                 f"the SAE at {self.name!r} was added with exclude_special_tokens, and two passes "
                 "overlap: SAELens keeps one mask of tokens only. Run one pass at a time"
             )
-        if frame.overlapping - {frame.thread} and getattr(point, "has_temporary_hooks", False):
-            raise RuntimeError(
-                f"there are temporary hooks at {self.name!r}, and passes of two threads overlap: "
-                f"TransformerLens cannot tell whose they are. {ONE_THREAD.capitalize()}"
+        if frame.overlapping - {frame.thread} and getattr(point, "use_error_term", False):
+            raise UserError(
+                f"the SAE at {self.name!r} has an error term, and passes of two threads overlap: "
+                "SAELens computes it with the SAE's hooks off, for all. Run one pass at a time"
             )
-        return self._home.fire(value)
+        self._require_same_contents()
+        return point(value)
 
     def _require_attached(self) -> None:
         if not self._handles:
             raise RuntimeError(f"{self.name!r} was removed; remove() it between passes, not in one")
+
+    def _require_same_contents(self) -> None:
+        """Raise unless all firings of this pass meet the same hooks, or the same SAE."""
+        current = self._unfinished
+        contents = [(module, *module._forward_hooks) for module in self.hook_point.modules()]
+        assert current is not None
+        if current.contents is None:
+            current.contents = contents
+        elif current.contents != contents:
+            raise RuntimeError(
+                f"hooks or SAEs at {self.name!r} changed within a pass: change them between passes"
+            )
 
     def _fire(self, value: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
         """Run the hook point on a copy of `value`; returns `value` itself if it was left unchanged.

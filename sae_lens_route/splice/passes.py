@@ -15,13 +15,10 @@ Anything else is no pass, and its last routed block is refused.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial, update_wrapper
 from typing import Any, Generic, TypeVar
 
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import Tensor
 
 from sae_lens_route.splice.calls import BlockCall, end_use
 
@@ -47,6 +44,8 @@ class Pass(Generic[ReadingT, ReplayT]):
     """Set once all streams are there."""
     replay: ReplayT | None = None
     """Set while the blocks run again."""
+    contents: list[tuple] | None = None
+    """What was at the hook point when it fired first."""
 
     def begin_block(self, index: int) -> bool:
         """Whether it is this block's turn."""
@@ -62,13 +61,14 @@ class Pass(Generic[ReadingT, ReplayT]):
 class Frame:
     """What the attached hooks keep of one call of the model."""
 
-    def __init__(self, is_call: bool) -> None:
+    def __init__(self, is_call: bool, thread: Frame | None = None) -> None:
         self.is_call = is_call
         """False for the frame of blocks that run outside of any call."""
+        self.thread = self if thread is None else thread
+        """This thread's frame outside of any call, which stands for the thread."""
         self.passes: dict[object, Pass[Any, Any]] = {}
         """The unfinished pass of each hook."""
-        self.thread = threading.get_ident()
-        self.overlapping: set[int] = set()
+        self.overlapping: set[Frame] = set()
         """Threads that made another call at any time of this one."""
         self.read: dict[object, Any] = {}
         """What each hook keeps of its latest pass in this frame, for its user to read."""
@@ -89,69 +89,8 @@ class Frame:
         self._entries.clear()
 
 
-class _Frames(threading.local):
+class Frames(threading.local):
     """This thread's open frames, the innermost last."""
 
     def __init__(self) -> None:
         self.stack = [Frame(is_call=False)]
-
-    @override
-    def __reduce__(self) -> tuple[type[_Frames], tuple[()]]:
-        return _Frames, ()  # a copy of the model is in no call
-
-
-class ModelCalls:
-    """The running calls of a module's `forward`, shared by the hooks that are attached below it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module: Any = module
-        self._own_forward = vars(module).get("forward")
-        self._n_users = 0
-        self._frames = _Frames()
-        self._running: list[Frame] = []
-        forward = module.forward
-        self._wrapped = update_wrapper(partial(self._call, forward), forward)
-        self._module.forward = self._wrapped
-
-    @classmethod
-    def watch(cls, module: nn.Module) -> ModelCalls:
-        """The calls of this module; `release` as often as you `watch`."""
-        found = getattr(getattr(vars(module).get("forward"), "func", None), "__self__", None)
-        calls = found if isinstance(found, ModelCalls) else cls(module)
-        calls._n_users += 1
-        return calls
-
-    def release(self) -> None:
-        """The last release restores the module's `forward`."""
-        self._n_users -= 1
-        if self._n_users > 0 or vars(self._module).get("forward") is not self._wrapped:
-            return  # something else wrapped `forward` since, and calls this wrapper
-        if self._own_forward is None:
-            del self._module.forward
-        else:
-            self._module.forward = self._own_forward
-
-    @property
-    def frame(self) -> Frame:
-        """This thread's innermost frame."""
-        return self._frames.stack[-1]
-
-    def _call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        frame, stack = Frame(is_call=True), self._frames.stack
-        depth = len(stack)
-        try:
-            self._running.append(frame)
-            for other in tuple(self._running):
-                if other is not frame:
-                    other.overlapping.add(frame.thread)
-                    frame.overlapping.add(other.thread)
-            stack.append(frame)
-            output = forward(*args, **kwargs)
-            frame.end()
-            return output
-        finally:
-            del stack[depth:]
-            latest = {**frame.read_within, **frame.read}
-            (stack[-1].read_within if stack[-1].is_call else stack[-1].read).update(latest)
-            if frame in self._running:
-                self._running.remove(frame)

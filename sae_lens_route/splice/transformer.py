@@ -12,6 +12,7 @@ from sae_lens_route.saes.crosscoder import CrosscoderSAEMixin
 from sae_lens_route.saes.routed import RoutedSAEMixin
 from sae_lens_route.splice.attach import attach
 from sae_lens_route.splice.hook import StreamsHook, attached_hook
+from sae_lens_route.splice.model_calls import ModelCalls
 
 
 class RouteSAETransformer(HookedSAETransformer):
@@ -24,6 +25,7 @@ class RouteSAETransformer(HookedSAETransformer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._routed_hooks: dict[str, StreamsHook[Any, Any]] = {}
+        ModelCalls.watch(self)  # before an SAE is attached: that happens within `saes()`
 
     @override
     def add_sae(self, sae: SAE[Any], *args: Any, **kwargs: Any) -> None:

@@ -9,16 +9,16 @@ Only the difference is added, so the part that the SAE does not reconstruct stay
 a token whose features the edits leave unchanged is bit-identical. With `use_error_term=False`
 steered tokens become decode(z') instead, which loses that part.
 
-**Units.** Values are feature activations as the SAE sees them, on the routed activation scaled by
-its p: a token with p = 0.5 has half the activation of the same token with p = 1. The residual
-stream gets the value times `scale / p`.
+**Units.** Values are what a feature contributes to n(x), whatever the token's p: the activation at
+the hook becomes p times the value, and the residual stream gets the value times `scale`
+(`saes/units.py`). With `units="x_route"` values are the activation itself, as in the paper.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -28,6 +28,8 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from sae_lens_route.errors import UserError
+from sae_lens_route.saes.units import Units, activation_unit, require_units
+from sae_lens_route.splice import RoutedHook
 
 EditMode = Literal["set", "add", "scale", "ablate"]
 
@@ -47,8 +49,9 @@ class FeatureEdit:
         feature: Index of the feature, below d_sae.
         mode: "set" makes the activation `value` on every steered token, active there or not (the
             paper's clamp); "add" adds `value`; "scale" multiplies by it; "ablate" makes it 0.
-        value: Value in activation units, or the factor of "scale"; negative steers away. None for
-            "ablate".
+        value: An activation, or the factor of "scale"; negative steers away. None for "ablate".
+        relative: For "set" and "add": the value is a multiple of the feature's largest activation,
+            which `steer` and `edit_features` take as `maxima`.
 
     Raises:
         UserError: a feature, mode or value that is not possible.
@@ -57,6 +60,7 @@ class FeatureEdit:
     feature: int
     mode: EditMode = "set"
     value: int | float | None = None
+    relative: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.feature, bool) or not isinstance(self.feature, int) or self.feature < 0:
@@ -72,10 +76,17 @@ class FeatureEdit:
             or not math.isfinite(self.value)
         ):
             raise UserError(f"value={self.value!r}: mode={self.mode!r} needs a finite number")
+        if self.relative and self.mode not in ("set", "add"):
+            raise UserError(
+                f"relative=True: mode={self.mode!r} has no value that could be a multiple of the "
+                "feature's maximum; 'set' and 'add' have"
+            )
 
     @classmethod
     def parse(cls, text: str) -> FeatureEdit:
         """An edit written as FEATURE:MODE:VALUE, such as "17:set:5", "17:scale:-1" or "17:ablate".
+
+        "17:set:1.5x" sets the feature to 1.5 times its maximum.
 
         Raises:
             UserError: another form, or a feature, mode or value that is not possible.
@@ -84,17 +95,18 @@ class FeatureEdit:
         try:
             if mode not in _WORDS:
                 raise UserError(f"mode={mode!r}: must be one of {', '.join(_WORDS)}")
-            number = float(value) if value else None
-            return cls(int(feature), cast(EditMode, mode), number)
+            number = float(value.removesuffix("x")) if value else None
+            return cls(int(feature), cast(EditMode, mode), number, value.endswith("x"))
         except ValueError as error:
             raise UserError(
-                f"edit={text!r}: must be FEATURE:MODE:VALUE, such as 17:set:5, 17:add:2, "
-                f"17:scale:0.5 or 17:ablate ({error})"
+                f"edit={text!r}: must be FEATURE:MODE:VALUE, such as 17:set:5, 17:set:1.5x, "
+                f"17:add:2, 17:scale:0.5 or 17:ablate ({error})"
             ) from error
 
     def __str__(self) -> str:
         value = 0.0 if self.value is None else self.value
-        return f"feature {self.feature} {_WORDS[self.mode].format(f'{value:g}')}"
+        number = f"{value:g}x its maximum" if self.relative else f"{value:g}"
+        return f"feature {self.feature} {_WORDS[self.mode].format(number)}"
 
     def apply(self, acts: Float[Tensor, ...]) -> Float[Tensor, ...]:
         """The feature's activations after the edit."""
@@ -106,39 +118,48 @@ class FeatureEdit:
 
 
 def edit_features(
-    sae: SAE[Any],
+    handle: RoutedHook,
     edits: FeatureEdit | Sequence[FeatureEdit],
     positions: Sequence[int] | Bool[Tensor, ...] | None = None,
     *,
+    maxima: Mapping[int, float] | None = None,
+    units: Units = "n(x)",
     use_error_term: bool = True,
 ) -> Callable[..., Float[Tensor, "batch pos d"]]:
-    """A hook function that edits features, for `run_with_hooks` at `sae.cfg.metadata.hook_name`.
+    """A hook function that edits features, for `run_with_hooks` at an attached SAE's hook point.
 
-        with attach(model, sae):
-            hooks = [(sae.cfg.metadata.hook_name, edit_features(sae, FeatureEdit(17, "set", 5)))]
+        with attach(model, sae) as handle:
+            hooks = [(handle.name, edit_features(handle, FeatureEdit(17, "set", 5)))]
             logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
 
-    The function is stateless and differentiable. During generation, `positions` count from the
+    The function keeps no state and is differentiable. During generation, `positions` count from the
     start of each pass, not of the text.
 
     Args:
-        sae: The SAE at that hook.
+        handle: What `attach` returned; it knows the p of each token of the pass.
         edits: One or several, at most one per feature.
         positions: Tokens to edit: indices of positions, or a mask `[pos]` or `[batch, pos]`; None
             for all. The others are bit-identical.
+        maxima: Feature -> its largest activation, for relative edits (`maxima.py`).
+        units: Of the values and maxima.
         use_error_term: Add only the difference that the edits make; otherwise the edited
             reconstruction replaces the activation.
 
     Raises:
-        UserError: edits that the SAE cannot take; during a pass, positions outside of it.
+        UserError: edits that the SAE cannot take, a relative edit without a maximum; during a pass,
+            positions outside of it.
     """
-    edits = checked_edits(edits, sae)
+    require_units(units)
+    sae = handle.sae
+    edits = absolute_edits(checked_edits(edits, sae), maxima)
 
     def hook_function(
         x_route: Float[Tensor, "batch pos d"], hook: HookPoint | None = None
     ) -> Float[Tensor, "batch pos d"]:
         mask = None if positions is None else _position_mask(positions, x_route)
-        return apply_edits(sae, edits, x_route, mask, use_error_term).x_route
+        assert handle.routing is not None
+        unit = activation_unit(handle.routing, sae, units)
+        return apply_edits(sae, edits, x_route, unit, mask, use_error_term).x_route
 
     return hook_function
 
@@ -148,7 +169,7 @@ class Edited(NamedTuple):
 
     x_route: Float[Tensor, "batch pos d"]
     before: Float[Tensor, "batch pos n"]
-    """Activations of the n edited features."""
+    """Activations of the n edited features, in the units of the edits."""
     after: Float[Tensor, "batch pos n"]
     """The same after the edits; equal to `before` on tokens that are not steered."""
 
@@ -157,17 +178,22 @@ def apply_edits(
     sae: SAE[Any],
     edits: Sequence[FeatureEdit],
     x_route: Float[Tensor, "batch pos d"],
+    unit: Float[Tensor, "batch pos"] | None,
     mask: Bool[Tensor, ...] | None,
     use_error_term: bool,
 ) -> Edited:
-    """Apply edits at the tokens of `mask`, or at all tokens if it is None."""
+    """Apply edits at the tokens of `mask`, or at all tokens if it is None.
+
+    `unit` is the activation of x_route that one unit of the edits' values is, 1 if it is None.
+    """
     acts = sae.encode(x_route)
+    per_token = 1.0 if unit is None else unit.unsqueeze(-1)
     features = torch.tensor([edit.feature for edit in edits], device=acts.device)
-    before = acts[..., features]
+    before = acts[..., features] / per_token
     after = torch.stack([e.apply(before[..., i]) for i, e in enumerate(edits)], dim=-1)
     if mask is not None:
         after = torch.where(mask.unsqueeze(-1), after, before)
-    result = sae.decode(acts.index_copy(-1, features, after))
+    result = sae.decode(acts.index_copy(-1, features, after * per_token))
     if use_error_term:
         result = x_route + (result - sae.decode(acts))
         mask = (after != before).any(dim=-1)  # without a difference: bit-identical
@@ -217,3 +243,28 @@ def checked_edits(
             raise UserError(f"feature={edit.feature}: has two edits, at most one is possible")
         seen.add(edit.feature)
     return edits
+
+
+def absolute_edits(
+    edits: Sequence[FeatureEdit], maxima: Mapping[int, float] | None
+) -> tuple[FeatureEdit, ...]:
+    """The edits, relative ones with the value that the feature's maximum makes of them.
+
+    Raises:
+        UserError: a relative edit of a feature without a maximum above 0.
+    """
+    return tuple(_absolute(edit, maxima or {}) if edit.relative else edit for edit in edits)
+
+
+def _absolute(edit: FeatureEdit, maxima: Mapping[int, float]) -> FeatureEdit:
+    maximum = maxima.get(edit.feature)
+    if maximum is None:
+        raise UserError(
+            f"{edit}: the maximum is not known; pass maxima=measured_maxima(model, sae, edits)"
+        )
+    if not maximum > 0:
+        raise UserError(
+            f"{edit}: it never fired on the text that the maximum was taken from; give a number, "
+            "or a text on which it fires"
+        )
+    return replace(edit, value=cast(float, edit.value) * maximum, relative=False)

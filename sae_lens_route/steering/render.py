@@ -23,7 +23,9 @@ def render(result: SteeringResult, *, width: int = 100, tokens: bool = True) -> 
     lines = [
         f"prompt   {_quoted(result.prompt)}",
         f"edits    {'; '.join(map(str, result.edits))}",
+        f"units    {result.units}",
         f"steered  {result.n_steered} of {len(result.tokens)} tokens ({result.where})",
+        *([] if result.warning is None else [f"warning  {result.warning}"]),
         "",
         f"{'clean':{column}} | steered",
         f"{'-' * column}-+-{'-' * column}",
@@ -31,7 +33,10 @@ def render(result: SteeringResult, *, width: int = 100, tokens: bool = True) -> 
     ]
     if tokens:
         names = [f"{f'feature {edit.feature}':16}" for edit in result.edits]
-        lines += ["", "  ".join([f"{'token':20}", "     ", "block", "    p", *names]).rstrip()]
+        lines += [
+            "",
+            "  ".join([f"{'token':20}", "     ", "block", "    p", "size", *names]).rstrip(),
+        ]
         lines += [_token_line(token, names) for token in result.tokens]
     return "\n".join(lines)
 
@@ -40,8 +45,8 @@ def _token_line(token: SteeredToken, names: Sequence[str]) -> str:
     origin = "wrote" if token.generated else "read"
     cells = [f"{_quoted(token.token)[:20]:20}", f"{origin:5}"]
     if token.before is None or token.after is None:
-        return "  ".join([*cells, "    -", "    -"])
-    cells += [f"{token.block:5}", f"{token.weight:5.2f}"]
+        return "  ".join([*cells, "    -", "    -", "   -"])
+    cells += [f"{token.block:5}", f"{token.weight:5.2f}", f"{token.relative_size:4.2f}"]
     for name, before, after in zip(names, token.before, token.after, strict=True):
         change = f"{before:.2f} -> {after:.2f}" if token.steered else f"{before:.2f}"
         cells.append(f"{change:{len(name)}}")

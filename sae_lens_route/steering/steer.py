@@ -1,7 +1,8 @@
 """`steer`: a text written with features edited, and without, from the same seed.
 
 1. The prompt becomes tokens: through the tokenizer's chat template if it has one, otherwise as
-   text, with BOS prepended if the SAE was trained with it.
+   text, with BOS prepended if the SAE was trained with it. What a template puts before the user's
+   text, such as a system prompt, is not steered unless asked for.
 2. The model's own `generate` writes with nothing attached: the clean text.
 3. With the routed hook attached and the edits at it (`edits.py`), the same `generate` writes the
    steered text. The hook point fires several times per pass; the last firing holds the activations
@@ -16,12 +17,13 @@ trained on them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedTokenizerBase
@@ -33,10 +35,19 @@ from sae_lens_route.models.kinds import LanguageModel, model_device, token_embed
 from sae_lens_route.records import plain
 from sae_lens_route.saes.routed import RoutedSAEMixin
 from sae_lens_route.saes.router import Routing
+from sae_lens_route.saes.units import Units, activation_unit, require_units
 from sae_lens_route.splice import RoutedHook, attach
-from sae_lens_route.steering.edits import FeatureEdit, apply_edits, checked_edits
+from sae_lens_route.steering.edits import (
+    FeatureEdit,
+    absolute_edits,
+    apply_edits,
+    checked_edits,
+)
 
 Where = Literal["prompt", "generated", "both"]
+
+LARGE_EDIT = 1.0
+"""Norm of an edit over the norm of the stream above which a result says that it is large."""
 
 
 class SteeredToken(NamedTuple):
@@ -58,6 +69,9 @@ class SteeredToken(NamedTuple):
     """Activations of the edited features, in the order of the edits; None as for `block`."""
     after: tuple[float, ...] | None
     """The same after the edits; equal to `before` on a token that was not steered."""
+    relative_size: float | None
+    """Norm of the edit over the norm of the stream at that block with its mean over d subtracted; 0
+    on a token that was not steered, None as for `block`."""
 
 
 class SteeringResult(NamedTuple):
@@ -74,6 +88,9 @@ class SteeringResult(NamedTuple):
     clean_token_ids: tuple[int, ...]
     """Tokens of the clean text, without the prompt's."""
     edits: tuple[FeatureEdit, ...]
+    """Relative ones with the value that they came to."""
+    units: Units
+    """Of the edits' values and the activations."""
     where: Where
     """Tokens that were steered."""
     seed: int
@@ -83,9 +100,22 @@ class SteeringResult(NamedTuple):
         """Number of tokens that the edits were applied to."""
         return sum(token.steered for token in self.tokens)
 
+    @property
+    def warning(self) -> str | None:
+        """What to do about edits larger than the streams they were added to; None without any."""
+        sizes = [token.relative_size or 0.0 for token in self.tokens]
+        n_large, largest = sum(size > LARGE_EDIT for size in sizes), max(sizes)
+        if n_large == 0:
+            return None
+        return (
+            f"{n_large} of {self.n_steered} edits are larger than the stream they change, up to "
+            f"{largest:.1f} times its norm, which breaks most models whatever the feature: choose "
+            "smaller values, or multiples of the feature's maximum such as 17:set:1x"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as dictionaries, lists, strings and numbers, for JSON."""
-        return plain(self)
+        return {**plain(self), "warning": self.warning}
 
 
 def steer(
@@ -94,7 +124,10 @@ def steer(
     prompt: str,
     edits: FeatureEdit | Sequence[FeatureEdit],
     *,
+    maxima: Mapping[int, float] | None = None,
+    units: Units = "n(x)",
     where: Where = "both",
+    steer_system: bool = False,
     max_new_tokens: int = 64,
     do_sample: bool = False,
     temperature: float = 1.0,
@@ -113,8 +146,12 @@ def steer(
         sae: A RouteSAE of that model.
         prompt: The text to continue.
         edits: One or several, at most one per feature.
+        maxima: Feature -> its largest activation, for relative edits (`maxima.py`).
+        units: Of the values, the maxima and the reported activations (`saes/units.py`).
         where: Steer tokens of the prompt, tokens that the model wrote itself ("generated"; the
             first of them still comes from an unsteered prompt), or both.
+        steer_system: Count what the chat template puts before the user's text, such as a system
+            prompt, as tokens of the prompt.
         max_new_tokens: Tokens to write; fewer if the model ends the text.
         do_sample: Sample; otherwise the most probable token is taken each time.
         temperature: Sampling temperature.
@@ -132,7 +169,8 @@ def steer(
             the model's context together with the new tokens, a soft-routed SAE, which can only be
             read, or an SAE that cannot be attached.
     """
-    edits = checked_edits(edits, sae)
+    require_units(units)
+    edits = absolute_edits(checked_edits(edits, sae), maxima)
     if sae.cfg.routing == "soft":
         raise UserError(
             "routing='soft': this SAE mixes all blocks for every token, so that there is no single "
@@ -142,16 +180,18 @@ def steer(
         raise UserError(f"where={where!r}: must be one of {', '.join(get_args(Where))}")
     sampling = Sampling(max_new_tokens, do_sample, temperature, top_k, top_p, use_cache)
     tokenizer = tokenizer_of(model)
-    ids = _prompt_ids(tokenizer, sae, prompt, chat_template)
+    ids, n_before = _prompt_ids(tokenizer, sae, prompt, chat_template)
+    steerable = _Steerable(
+        where, 0 if steer_system else n_before, len(ids), KeptTokens.of(sae, tokenizer)
+    )
     require_fit(model, prompt, len(ids), max_new_tokens)
     attach(model, sae).remove()  # raises for metadata that does not fit, before any work
-    kept = KeptTokens.of(sae, tokenizer)
     with seeded(seed, model_device(model)):
         clean = generate(model, ids, sampling)
     # a copy draws uniform routes from its seed again, so calls do not depend on each other
     spliced = copy.copy(sae) if sae.cfg.routing == "uniform" else sae
     with attach(model, spliced) as handle, seeded(seed, model_device(model)):
-        hook = _SteeringHook(handle, edits, kept, where, len(ids), use_error_term)
+        hook = _SteeringHook(handle, edits, units, steerable, use_error_term)
         with hook.installed(model):
             steered = generate(model, ids, sampling)
     return SteeringResult(
@@ -161,9 +201,28 @@ def steer(
         tokens=hook.report(tokenizer, [*ids, *steered]),
         clean_token_ids=tuple(clean),
         edits=edits,
+        units=units,
         where=where,
         seed=seed,
     )
+
+
+class _Steerable(NamedTuple):
+    """Which tokens of a text are edited."""
+
+    where: Where
+    first: int
+    """Position of the first token that may be."""
+    n_prompt: int
+    kept: KeptTokens
+
+    def mask(self, ids: Sequence[int], start: int) -> Bool[Tensor, "1 pos"]:
+        """Of the tokens `ids`, the first of which has the position `start`."""
+        at = torch.arange(start, start + len(ids))
+        mask = self.kept.mask(torch.tensor([ids]), start) & (at >= self.first)
+        if self.where == "both":
+            return mask
+        return mask & ((at < self.n_prompt) == (self.where == "prompt"))
 
 
 class _Read(NamedTuple):
@@ -174,6 +233,7 @@ class _Read(NamedTuple):
     steered: Bool[Tensor, " pos"]
     before: Float[Tensor, "pos n"]
     after: Float[Tensor, "pos n"]
+    relative_size: Float[Tensor, " pos"]
 
 
 class _SteeringHook:
@@ -187,13 +247,13 @@ class _SteeringHook:
         self,
         handle: RoutedHook,
         edits: Sequence[FeatureEdit],
-        kept: KeptTokens,
-        where: Where,
-        n_prompt: int,
+        units: Units,
+        steerable: _Steerable,
         use_error_term: bool,
     ) -> None:
-        self._handle, self._edits, self._use_error_term = handle, edits, use_error_term
-        self._kept, self._where, self._n_prompt = kept, where, n_prompt
+        self._handle, self._edits, self._steerable = handle, edits, steerable
+        self._units: Units = units
+        self._use_error_term = use_error_term
         self._routing: Routing | None = None
         self._ids: list[int] = []
         self._start, self._n_seen = 0, 0
@@ -226,21 +286,15 @@ class _SteeringHook:
                 self._reads.clear()
         else:
             self._reads.pop()
-        mask = self._steered().to(x_route.device)
-        edited = apply_edits(self._handle.sae, self._edits, x_route, mask, self._use_error_term)
-        parts = (routing.route, routing.weight, mask, edited.before, edited.after)
+        assert len(self._ids) >= self._n_seen
+        sae, ids = self._handle.sae, self._ids[self._start : self._n_seen]
+        mask = self._steerable.mask(ids, self._start).to(x_route.device)
+        unit = activation_unit(routing, sae, self._units)
+        edited = apply_edits(sae, self._edits, x_route, unit, mask, self._use_error_term)
+        size = _relative_norm(edited.x_route - x_route, x_route)
+        parts = (routing.route, routing.weight, mask, edited.before, edited.after, size)
         self._reads.append(_Read(*(part[0].detach() for part in parts)))
         return edited.x_route
-
-    def _steered(self) -> Bool[Tensor, "1 pos"]:
-        """True for the tokens of this pass that are edited."""
-        assert len(self._ids) >= self._n_seen
-        tokens = torch.tensor([self._ids[self._start : self._n_seen]])
-        steered = self._kept.mask(tokens, self._start)
-        in_prompt = torch.arange(self._start, self._n_seen) < self._n_prompt
-        if self._where != "both":
-            steered = steered & (in_prompt if self._where == "prompt" else ~in_prompt)
-        return steered
 
     def report(
         self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
@@ -251,26 +305,38 @@ class _SteeringHook:
         tokens = []
         for position, (token_id, read) in enumerate(zip(ids, reads, strict=True)):
             token = cast(str, tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
-            generated = position >= self._n_prompt
+            generated = position >= self._steerable.n_prompt
             if read is None:
-                tokens.append(SteeredToken(token, token_id, generated, False, *[None] * 4))
+                tokens.append(SteeredToken(token, token_id, generated, False, *[None] * 5))
             else:
-                route, weight, steered, before, after = read
+                route, weight, steered, before, after, size = read
                 block = self._handle.routed_blocks[route]
-                edited = (steered, block, weight, tuple(before), tuple(after))
+                edited = (steered, block, weight, tuple(before), tuple(after), size)
                 tokens.append(SteeredToken(token, token_id, generated, *edited))
         return tuple(tokens)
 
 
+def _relative_norm(
+    edit: Float[Tensor, "... d"], x_route: Float[Tensor, "... d"]
+) -> Float[Tensor, ...]:
+    """|edit| / |x_route|, in which p and the stream's scale cancel; 0 for a constant stream."""
+    norm = x_route.norm(dim=-1)
+    return torch.where(norm > 0, edit.norm(dim=-1) / norm, 0.0)
+
+
 def _prompt_ids(
     tokenizer: PreTrainedTokenizerBase, sae: RoutedSAEMixin, prompt: str, chat_template: bool
-) -> list[int]:
+) -> tuple[list[int], int]:
+    """The prompt's tokens, and how many of them a chat template puts before the user's text."""
+    n_before = 0
     if chat_template and tokenizer.chat_template:
-        turns = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(cast(str, text), add_special_tokens=False)["input_ids"]
+        ids = _templated(tokenizer, prompt)
+        # a text that begins with another letter makes a difference from the user's text on
+        other = _templated(tokenizer, "b" if prompt.strip()[:1] == "a" else "a")
+        pairs = enumerate(zip(ids, other, strict=False))
+        n_before = next((i for i, (a, b) in pairs if a != b), len(ids))
     else:
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
         bos = tokenizer.bos_token_id
         # as SAELens's store begins a context; an SAE without that metadata has None
         wants_bos = sae.cfg.metadata.prepend_bos in (None, True)
@@ -278,4 +344,16 @@ def _prompt_ids(
             ids = [bos, *ids]
     if not ids:
         raise UserError(f"prompt={prompt!r}: has no tokens, so there is nothing to continue")
-    return list(ids)
+    return ids, n_before
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, content: str) -> list[int]:
+    turns = [{"role": "user", "content": content}]
+    try:
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise UserError(
+            f"the tokenizer's chat template fails ({error}); leave it out (--no-chat-template, "
+            "chat_template=False)"
+        ) from error
+    return list(tokenizer(cast(str, text), add_special_tokens=False)["input_ids"])

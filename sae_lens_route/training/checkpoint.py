@@ -8,6 +8,7 @@
 | `uniform_draw.safetensors` | generator of uniform routing, if there is one | `Checkpoint` |
 | `run_state.json` | tokens trained on, the text's SHA-256, versions | `Checkpoint` |
 | `runner_cfg.json` | configuration of the run | `Checkpoint` |
+| `seeds.json` | seed of each SAE, by entry | `SweepRunner` |
 | `activations_store_state.safetensors` | position in the text | `Checkpoint`, last of all |
 
 In a sweep's checkpoint the files of each SAE are in a folder with the entry's name. A checkpoint is
@@ -20,7 +21,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,19 @@ from sae_lens.constants import (
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_lens_route.data.activations import RoutedActivationsStore
-from sae_lens_route.errors import UserError
+from sae_lens_route.errors import UserError, reading_errors
 from sae_lens_route.files import new_folder, remove_folder, write_file, write_json, write_tensors
 from sae_lens_route.saes.routed import RoutedTrainingSAEMixin
 
 UNIFORM_DRAW_FILENAME = "uniform_draw.safetensors"
 RUN_STATE_FILENAME = "run_state.json"
 LATEST_FILENAME = "latest"
+SEEDS_FILENAME = "seeds.json"
 
 _NOT_COMPARED = {"metadata", "device", "sae_lens_version", "sae_lens_training_version"}
 
@@ -89,13 +92,15 @@ class Checkpoint:
         """Resume trainers, SAEs and the position in the text from a checkpoint.
 
         Raises:
-            UserError: the text is another one, or a generator belongs to another kind of device.
+            UserError: the text is another one, a generator belongs to another kind of device, or a
+                file is damaged.
         """
         self._check(run_state(folder), folder)
-        for name, trainer in self.trainers.items():
-            trainer.load_trainer_state(folder / name)
-            trainer.sae.load_weights_from_checkpoint(folder / name)
-            _load_uniform_draw(trainer.sae, folder / name)
+        with checkpoint_errors(folder):
+            for name, trainer in self.trainers.items():
+                trainer.load_trainer_state(folder / name)
+                trainer.sae.load_weights_from_checkpoint(folder / name)
+                _load_uniform_draw(trainer.sae, folder / name)
         n_samples = next(iter(self.trainers.values())).n_training_samples
         for trainer in (self.trainer, *self.trainers.values()):
             trainer.n_training_samples = n_samples
@@ -103,7 +108,8 @@ class Checkpoint:
             trainer.checkpoint_thresholds = [
                 threshold for threshold in trainer.checkpoint_thresholds if threshold >= n_samples
             ]
-        self.store.load_from_checkpoint(folder)
+        with checkpoint_errors(folder):
+            self.store.load_from_checkpoint(folder)
 
     def _check(self, state: Mapping[str, Any], folder: Path) -> None:
         if state["text_sha256"] != self.store.text_sha256:
@@ -136,6 +142,8 @@ class CheckpointFolder:
     def new(self, name: str) -> Iterator[Path]:
         """A temporary folder to be filled, which becomes the checkpoint `name`.
 
+        An older one that cannot be deleted stays until the next checkpoint, or the next start.
+
         Raises:
             UserError: it cannot be written; earlier checkpoints are as they were.
         """
@@ -144,7 +152,10 @@ class CheckpointFolder:
         self.point_to(self.path / name)
         if self.keep is not None:
             for old in _checkpoints_in(self.path)[: -self.keep]:
-                remove_folder(old)
+                try:
+                    remove_folder(old)
+                except UserError as error:
+                    logger.warning(f"an old checkpoint stays: {error}")
 
     def point_to(self, checkpoint: Path) -> None:
         """Make a checkpoint the newest of the run."""
@@ -157,9 +168,16 @@ def is_whole(folder: Path) -> bool:
     return all((folder / name).is_file() for name in files)
 
 
+def checkpoint_errors(folder: Path) -> AbstractContextManager[None]:
+    """Turn errors of reading a checkpoint's files into a UserError that names the checkpoint."""
+    where = f"resume_from_checkpoint={str(folder)!r}: a file of the checkpoint"
+    return reading_errors(where, SafetensorError)
+
+
 def run_state(folder: Path) -> dict[str, Any]:
-    """What `run_state.json` of a checkpoint holds."""
-    return json.loads((folder / RUN_STATE_FILENAME).read_text(encoding="utf-8"))
+    """What `run_state.json` of a checkpoint holds; a UserError if it cannot be read."""
+    with checkpoint_errors(folder):
+        return json.loads((folder / RUN_STATE_FILENAME).read_text(encoding="utf-8"))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -195,6 +213,7 @@ def require_same_entries(
     checkpoint: Path,
     configs: Mapping[str, TrainingSAEConfig],
     blocks: Mapping[str, Sequence[int]],
+    seeds: Mapping[str, int],
 ) -> None:
     """Check that a sweep's checkpoint is of these entries.
 
@@ -202,6 +221,8 @@ def require_same_entries(
         UserError: it is not; the message names the entry and the field that differs.
     """
     where = f"resume_from_checkpoint={str(checkpoint)!r}"
+    seeds_file = checkpoint / SEEDS_FILENAME
+    saved_seeds = json.loads(seeds_file.read_text()) if seeds_file.exists() else seeds
     for name, config in configs.items():
         file = checkpoint / name / SAE_CFG_FILENAME
         if not file.exists():
@@ -209,9 +230,11 @@ def require_same_entries(
             raise UserError(f"{where}: holds no entry {name!r}; it has {', '.join(saved)}")
         saved = json.loads(file.read_text())
         saved["blocks"] = saved["metadata"].get("routed_blocks")
+        saved["seed"] = saved_seeds.get(name)
         # architecture and blocks first, because other fields follow from them
         wanted = {"architecture": config.architecture(), "blocks": list(blocks[name])}
-        wanted = json.loads(json.dumps({**wanted, **config.to_dict(), "metadata": {}}))
+        wanted |= {"seed": seeds[name], **config.to_dict(), "metadata": {}}
+        wanted = json.loads(json.dumps(wanted))
         for field in wanted:
             if field not in _NOT_COMPARED and wanted[field] != saved.get(field):
                 raise UserError(

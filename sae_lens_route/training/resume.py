@@ -10,6 +10,7 @@ Adam's moments and the position in the text continue unchanged.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -19,7 +20,10 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 
 from sae_lens_route.config import RouteSAERunnerConfig, config_fields
 from sae_lens_route.errors import UserError
+from sae_lens_route.models.trust import CHECKPOINT, require_harmless
 from sae_lens_route.training.checkpoint import (
+    LATEST_FILENAME,
+    checkpoint_errors,
     newest_checkpoint,
     require_new_folder,
     require_whole,
@@ -78,16 +82,17 @@ def resumed_config(
         extend_to: Train up to so many tokens, more than the run had.
 
     Raises:
-        UserError: there is no checkpoint, or a field is unknown.
+        UserError: there is no checkpoint, a field is unknown, or the model that the checkpoint
+            names could run code.
     """
     checkpoint = require_whole(folder)
     values = _saved_config(checkpoint)
     fields = config_fields(values["sae"]["architecture"])
+    values["output_path"] = str(folder) if checkpoint != folder else _run_folder(folder, values)
     values |= {"checkpoint_path": str(checkpoint.parent), "resume_from_checkpoint": str(checkpoint)}
+    _require_harmless_model(values, changes)
     values["extend_run"] = extend_to is not None
     values["seqpos_slice"] = tuple(values["seqpos_slice"])  # JSON has no tuples
-    if checkpoint != folder:
-        values["output_path"] = str(folder)
     if extend_to is not None:
         values["training_tokens"] = extend_to
     parts = {"runner": values, "sae": values["sae"], "logger": values["logger"]}
@@ -102,6 +107,23 @@ def resumed_config(
     cfg = RouteSAERunnerConfig.from_dict(values)
     assert isinstance(cfg, RouteSAERunnerConfig)
     return cfg
+
+
+def _require_harmless_model(values: Mapping[str, Any], changes: Mapping[str, str]) -> None:
+    """Refuse a checkpoint whose model could run code, unless the user names model and options."""
+    name = None if "model_name" in changes else values["model_name"]
+    given = "model_from_pretrained_kwargs" in changes
+    options = {} if given else values["model_from_pretrained_kwargs"] or {}
+    require_harmless(name, values["model_class_name"], options, CHECKPOINT)
+
+
+def _run_folder(checkpoint: Path, saved: Mapping[str, Any]) -> str | None:
+    """Output folder of the run around a checkpoint, wherever it was moved or is seen from."""
+    output, parent = saved["output_path"], saved["checkpoint_path"]
+    if output is None or parent is None:
+        return output
+    found = Path(os.path.normpath(checkpoint.parent / os.path.relpath(output, parent)))
+    return str(found) if (found / LATEST_FILENAME).exists() else output
 
 
 def prepare_resume(cfg: RouteSAERunnerConfig, ignored: Collection[str] = ()) -> None:
@@ -196,7 +218,8 @@ def _require_unfinished(cfg: RouteSAERunnerConfig, saved: Mapping[str, Any]) -> 
 
 
 def _saved_config(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / RUNNER_CFG_FILENAME).read_text(encoding="utf-8"))
+    with checkpoint_errors(checkpoint):
+        return json.loads((checkpoint / RUNNER_CFG_FILENAME).read_text(encoding="utf-8"))
 
 
 def _fields(config: Mapping[str, Any]) -> dict[str, Any]:

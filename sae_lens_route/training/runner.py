@@ -165,10 +165,22 @@ class RouteSAETrainingRunner(LanguageModelSAETrainingRunner):
             trainer = self._prepared(self._trainer, batches, [self.sae])
             with self._rescued(trainer):
                 self.run_trainer_with_interruption_handling(trainer)
-                self._finish_one(trainer)
+                with self._decoders_kept(trainer):
+                    self._finish_one(trainer)
         if self.cfg.logger.log_to_wandb:
             wandb.finish()
         return self.sae
+
+    @contextmanager
+    def _decoders_kept(self, trainer: RunTrainer) -> Iterator[None]:
+        """Undo the normalization of the final save on any error: a checkpoint follows."""
+        decoders = [each.sae.W_dec.detach().to("cpu", copy=True) for each in trainer.each]
+        try:
+            yield
+        except BaseException:
+            for each, W_dec in zip(trainer.each, decoders, strict=True):
+                each.sae.W_dec.data.copy_(W_dec)
+            raise
 
     def _finish_one(self, trainer: RouteSAETrainer) -> None:
         if isinstance(self.sae, RoutedTrainingSAEMixin) and self.sae.cfg.decoder_norm_interval > 0:
@@ -210,9 +222,13 @@ class RouteSAETrainingRunner(LanguageModelSAETrainingRunner):
         with lock:
             if self.cfg.resume_from_checkpoint is None and output is not None:
                 self._check_folders()
-            if output is not None:
-                remove_unfinished(Path(output))
+            if output is None:
+                yield
+                return
+            remove_unfinished(Path(output))
             yield
+            with suppress(UserError):  # what could not be deleted when its time came
+                remove_unfinished(Path(output))
 
     def _prepared(
         self,
@@ -315,9 +331,11 @@ class RouteSAETrainingRunner(LanguageModelSAETrainingRunner):
         finished = self._n_steps * self.cfg.step_tokens == n_samples and trainer.is_between_steps
         if trainer.checkpoints is None or not finished or len(self._positions) < 2:
             return
-        if is_whole(trainer.checkpoints.path / str(n_samples)):
-            return
+        checkpoint = trainer.checkpoints.path / str(n_samples)
         try:
+            if is_whole(checkpoint):
+                trainer.checkpoints.point_to(checkpoint)
+                return
             with suppress(UserError):
                 trainer.log.write([])  # what the disk has not taken yet
             trainer.save_checkpoint(str(n_samples))
@@ -325,8 +343,10 @@ class RouteSAETrainingRunner(LanguageModelSAETrainingRunner):
             logger.warning(f"no checkpoint of the last step: {error}")
 
     def _log_hint(self) -> None:
-        folder = self.cfg.output_path or self.cfg.checkpoint_path
+        is_sweep = isinstance(self._checkpoint.trainer, MultiSAETrainer)
         with suppress(OSError):  # a disk that cannot be read either
-            if folder is not None and newest_checkpoint(Path(folder)) is not None:
-                is_sweep = isinstance(self._checkpoint.trainer, MultiSAETrainer)
-                logger.warning(f"the run ended early: {resume_hint(Path(folder), is_sweep)}")
+            # the second, if the pointer to a checkpoint outside the output folder is not written
+            for folder in (self.cfg.output_path, self.cfg.checkpoint_path):
+                if folder is not None and newest_checkpoint(Path(folder)) is not None:
+                    logger.warning(f"the run ended early: {resume_hint(Path(folder), is_sweep)}")
+                    return

@@ -28,7 +28,7 @@ from typing_extensions import override
 
 from sae_lens_route.config import RouteSAERunnerConfig
 from sae_lens_route.errors import UserError
-from sae_lens_route.files import new_files
+from sae_lens_route.files import new_files, write_json
 from sae_lens_route.memory import require_memory
 from sae_lens_route.models.kinds import LanguageModel
 from sae_lens_route.saes.crosscoder import CrosscoderTrainingConfigMixin
@@ -37,6 +37,7 @@ from sae_lens_route.saes.metadata import crosscoder_hook_name, routed_hook_name
 from sae_lens_route.saes.multi_layer import MultiLayerTopKTrainingConfig
 from sae_lens_route.saes.router import normalize
 from sae_lens_route.training.checkpoint import (
+    SEEDS_FILENAME,
     require_new_folder,
     require_same_entries,
     require_whole,
@@ -98,7 +99,7 @@ class SweepRunner(RouteSAETrainingRunner):
         if cfg.resume_from_checkpoint is not None:
             blocks = {name: source.blocks for name, source in self._sources.items()}
             checkpoint = require_whole(cfg.resume_from_checkpoint)
-            require_same_entries(checkpoint, self._configs, blocks)
+            require_same_entries(checkpoint, self._configs, blocks, self._seeds)
 
     @override
     def _check_size(self) -> None:
@@ -110,6 +111,16 @@ class SweepRunner(RouteSAETrainingRunner):
             require_memory(need, self.cfg.device, "entries", len(self.entries))
         tokens = self.cfg.train_batch_size_tokens
         require_memory(need, self.cfg.device, "train_batch_size_tokens", tokens)
+
+    @property
+    def _seeds(self) -> dict[str, int]:
+        return {name: entry.seed for name, entry in self.entries.items()}
+
+    @override
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+        if checkpoint_path is not None:
+            write_json(checkpoint_path / SEEDS_FILENAME, self._seeds)
+        super().save_checkpoint(checkpoint_path)
 
     def memory_estimate(self) -> dict[str, int]:
         """Memory in bytes that training needs by component, excluding the language model.
@@ -168,7 +179,8 @@ class SweepRunner(RouteSAETrainingRunner):
             trainer = self._prepared(self._sweep_trainer, batches, list(self.saes.values()))
             with self._rescued(trainer):
                 self.run_trainer_with_interruption_handling(trainer)
-                finished = {name: self._finish(name, trainer) for name in self.saes}
+                with self._decoders_kept(trainer):
+                    finished = {name: self._finish(name, trainer) for name in self.saes}
         if self.cfg.logger.log_to_wandb:
             wandb.finish()
         return finished

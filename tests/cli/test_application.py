@@ -12,6 +12,7 @@ from sae_lens_route.cli import app
 COMMANDS = [
     "train", "sweep", "demo", "reproduce",
     "eval", "features", "interpret", "steer", "dashboard", "info",
+    "concepts", "smollm2",
 ]  # fmt: skip
 
 

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 from support.command_line import SMALL, as_options, call, error_line
+from support.feature_tables import plain_table
+from support.judge import good_answer
 
-from sae_lens_route.features.judge_results import JudgeResult
+from sae_lens_route.features.judge_results import JudgeResult, ResultsFile
+from sae_lens_route.features.raters import write_sheet
+from sae_lens_route.features.table import FeatureTable
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +38,7 @@ def features(saved):
     result = call("features", saved, *small)
     assert result.exit_code == 0, result.output
     assert "threshold 0.200:" in result.output and "threshold 0.400:" in result.output
+    assert "dense features" in result.output and "the features to look at first" in result.output
     assert "already holds" in error_line(call("features", saved, *small))
     return saved / "features"
 
@@ -55,6 +60,31 @@ def test_eval(saved, tmp_path):
     assert content["ours"]["downstream"]["kl"] > 0
     assert content["saelens"]["model_behavior_preservation"]["kl_div_with_sae"] > 0
     assert f"wrote {output}" in result.output
+
+
+def test_two_judges_are_compared(tmp_path):
+    table = plain_table(4)
+    table.to_parquet(tmp_path / "features")
+    with ResultsFile(tmp_path / "features" / "judge.jsonl") as file:
+        for feature in range(4):
+            asked = ("{}", "judge", "0", 1, None, None)
+            file.append(JudgeResult(feature, "valid", *good_answer(feature), *asked))
+    sheet = tmp_path / "mine.csv"
+    write_sheet(table, range(4), sheet)
+    filled = sheet.read_text(encoding="utf-8-sig").splitlines(keepends=True)
+    for feature, score in enumerate((1, 2, 3, 5)):
+        row = next(i for i, line in enumerate(filled) if line.startswith(f"{feature},"))
+        filled[row] = filled[row].replace(f"{feature},,,", f"{feature},high-level,{score},", 1)
+    sheet.write_text("".join(filled), encoding="utf-8")
+    result = call("interpret", tmp_path / "features", "--agreement", sheet)
+    assert result.exit_code == 0, result.output
+    numbers = json.loads(result.output[: result.output.rindex("}") + 1])
+    assert (numbers["n"], numbers["exact"], numbers["within_one"]) == (4, 0.75, 1.0)
+    figure = tmp_path / "features" / "agreement.svg"
+    assert f"wrote {figure}" in result.output
+    assert "4 features scored by two judges: 75% equal, 100% within one" in figure.read_text()
+    missing = call("interpret", tmp_path / "features", "--agreement", tmp_path / "no.csv")
+    assert "no such file" in error_line(missing)
 
 
 def test_features_and_interpret(features):
@@ -83,10 +113,33 @@ def test_steer(saved, tmp_path):
         error_line(call("steer", saved, "def", "--edit", wrong))
 
 
+def test_units_of_activations(saved, features, tmp_path):
+    """n(x) unless asked otherwise, and x_route under the paper's rules."""
+    table = FeatureTable.from_parquet(features)
+    assert table.run.options.units == "n(x)"
+    maxima, written = table.features["max_activation"].to_numpy(), tmp_path / "steered.json"
+    edit = f"{maxima.argmax()}:set:1.5x"
+    arguments = ("steer", saved, "def", "--edit", edit, "--features", features)
+    result = call(*arguments, "--max-new-tokens", 2, "--output", written)
+    assert result.exit_code == 0, result.output
+    steered = json.loads(written.read_text())
+    assert steered["units"] == "n(x)"
+    assert steered["edits"][0]["value"] == pytest.approx(1.5 * maxima.max())
+    assert "is in units of n(x)" in error_line(call(*arguments, "--units", "x_route"))
+    for units in ("x_route", "n(x)"):
+        output = tmp_path / units
+        options = ("--reference", "--threshold", 0.2, "--max-tokens", 256, "--output", output)
+        more = () if units == "x_route" else ("--units", units)
+        assert call("features", saved, *options, *more).exit_code == 0
+        assert FeatureTable.from_parquet(output).run.options.units == units
+
+
 def test_dashboard(saved, tmp_path):
     output = tmp_path / "page.html"
-    result = call("dashboard", saved, "--n-features", 2, "--max-tokens", 512, "--output", output)
+    size = ("--n-features", 2, "--max-tokens", 512)
+    result = call("dashboard", saved, *size, "--units", "x_route", "--output", output)
     assert result.exit_code == 0, result.output
+    assert page_data(output)["units"] == "x_route"
     assert output.stat().st_size < 15e6
 
 

@@ -40,6 +40,8 @@ def test_sweep_trains_evaluates_and_draws(tmp_path):
         assert json.loads((out / name / "cfg.json").read_text())["d_sae"] == row.d_sae
         (line,) = [line for line in result.stdout.splitlines() if line.startswith(name)]
         assert f"{row.norm_mse:.4f}" in line
+        metrics = row.reconstruction
+        assert line.split()[-2:] == [str(metrics.dead_features), str(metrics.dense_features)]
     figures = [
         f"{metric}_by_l0.{kind}" for metric in ("norm_mse", "kl") for kind in ("html", "svg")
     ]

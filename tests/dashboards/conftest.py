@@ -32,7 +32,7 @@ class Expected(NamedTuple):
     """Of every token, in the shape of the token ids."""
 
     acts: np.ndarray
-    """Feature activations, 0 at excluded tokens."""
+    """Feature activations in units of n(x), 0 at excluded tokens."""
     kept: np.ndarray
     route: np.ndarray
     weight: np.ndarray
@@ -49,7 +49,8 @@ def expected(model, sae, tokens):
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens)
         streams = torch.stack([cache[f"blocks.{i}.hook_resid_post"] for i in BLOCKS], dim=2)
-        acts, routing = sae.encode_layers(streams), sae.route(streams)
+        routing = sae.route(streams)
+        acts = sae.encode(routing.x_route) / routing.weight.unsqueeze(-1)
     special = torch.isin(tokens, torch.tensor(model.tokenizer.all_special_ids))
     parts = (~special, routing.route, routing.weight, routing.probs)
     return Expected(
@@ -59,10 +60,10 @@ def expected(model, sae, tokens):
 
 @pytest.fixture(scope="session")
 def page(model, sae, tokens, tmp_path_factory):
-    """A written page of the 32 strongest features; a judge explained the first in hostile text."""
+    """A written page of 32 features; a judge explained the first in hostile text."""
     path = tmp_path_factory.mktemp("page") / "new" / "features.html"
-    strongest = [f["feature"] for f in page_data(model, sae, tokens, n_features=2)["features"]]
-    scores = {strongest[0]: Answer("low-level", 5, HOSTILE), strongest[1]: 4.5}
+    first = [f["feature"] for f in page_data(model, sae, tokens, n_features=2)["features"]]
+    scores = {first[0]: Answer("low-level", 5, HOSTILE), first[1]: 4.5}
     return write_dashboard(model, sae, tokens, path, judge_scores=scores)
 
 

@@ -45,6 +45,7 @@ def test_the_selected_feature_is_drawn(page, data, tmp_path):
     assert classes["heatmaplayer"] >= 1 and re.search(r'class="hm"', dom)
     assert classes["violin"] >= sum(bool(v) for v in selected["activations_by_block"].values())
     assert classes["point"] >= N_BINS + 2 * len(data["blocks"])
+    assert "activation, units of n(x)" in dom
     rows = re.findall(r'<tr data-feature="(\d+)"( class="selected")?', dom)
     assert [int(n) for n, _ in rows] == [f["feature"] for f in data["features"]]
     assert [int(n) for n, mark in rows if mark] == [selected["feature"]]
@@ -54,7 +55,7 @@ def test_blocks_2_5_9_are_called_2_5_9(model, tokens, tmp_path):
     sae = routed_sae(model, blocks=[2, 5, 9])
     (batch, *_) = activation_batches(model, sae, tokens, batch_size=len(tokens))
     routing = sae.route(batch.activations)
-    acts = sae.encode(routing.x_route).detach() * batch.kept[..., None]
+    acts = sae.encode(routing.x_route).detach() / routing.weight[..., None] * batch.kept[..., None]
     at_9 = acts.masked_fill(routing.route[..., None] != 2, 0)
     feature = int(at_9.amax((0, 1)).argmax())  # with its strongest activation at block 9
     page = write_dashboard(model, sae, tokens, tmp_path / "page.html", features=[feature])

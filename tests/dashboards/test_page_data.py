@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from support.pages import BLOCKS, routed_sae
+from support.selection import to_look_at_first
 
 from sae_lens_route.dashboards.collect import N_TEXTS, route_text
 from sae_lens_route.dashboards.page_data import (
@@ -26,7 +27,7 @@ from sae_lens_route.features.table import ContextOptions
 
 
 def test_shares_and_probabilities_of_the_text(data, tokens, expected):
-    assert data["blocks"] == BLOCKS
+    assert data["blocks"] == BLOCKS and data["units"] == "n(x)"
     assert data["n_tokens"] == expected.kept.sum() and data["n_sequences"] == len(tokens)
     shares = {str(b): float((expected.block == b)[expected.kept].mean()) for b in BLOCKS}
     assert data["share_by_block"] == pytest.approx(shares, abs=1e-5)
@@ -38,9 +39,8 @@ def test_shares_and_probabilities_of_the_text(data, tokens, expected):
 
 
 def test_numbers_of_a_feature_are_those_of_its_activations(data, expected):
-    maxima = expected.acts.max((0, 1))
-    strongest = np.argsort(-maxima, kind="stable")[:32].tolist()
-    assert [f["feature"] for f in data["features"]] == strongest
+    order = to_look_at_first(expected.acts, expected.kept.sum())
+    assert [f["feature"] for f in data["features"]] == order[:32]
     for f in data["features"]:
         mine = expected.acts[..., f["feature"]]
         fires = mine > 0
@@ -122,6 +122,18 @@ def test_other_routings(model, tokens, routing):
     assert sum(data["share_by_block"].values()) == pytest.approx(1, abs=1e-4)
 
 
+def test_units_of_x_route_are_what_the_sae_encodes(model, sae, tokens, expected):
+    data = page_data(model, sae, tokens, features=[9], units="x_route")
+    assert data["units"] == "x_route"
+    of_x_route = (expected.acts * expected.weight[..., None])[..., 9]
+    (shown,) = data["features"]
+    assert shown["max_activation"] == pytest.approx(of_x_route.max(), rel=1e-5)
+    assert of_x_route.max() < 0.99 * expected.acts[..., 9].max()
+    table = find_table(model, sae, tokens)
+    with pytest.raises(UserError, match=r"feature_table is in units of n\(x\)"):
+        page_data(model, sae, tokens, feature_table=table, units="x_route")
+
+
 # --- selection and scores -------------------------------------------------------------------------
 
 
@@ -172,12 +184,12 @@ def test_profiles_are_those_of_the_feature_table(data, model, sae, tokens):
         assert f["max_activation"] == pytest.approx(profile.max_activation, rel=1e-6)
 
 
-def test_contexts_of_a_feature_table_are_shown(model, sae, tokens):
+def test_contexts_of_a_feature_table_are_shown(model, sae, tokens, expected):
     table = find_table(model, sae, tokens, threshold=0.5)
     # fewer tokens than the table was made of: its contexts cannot come from this pass
     data = page_data(model, sae, tokens[:2], n_features=5, feature_table=table)
-    strongest = sorted(table.interpretable, key=lambda f: -table.profile(f).max_activation)
-    assert [f["feature"] for f in data["features"]] == strongest[:5]
+    order = to_look_at_first(expected.acts, expected.kept.sum(), table.interpretable)
+    assert [f["feature"] for f in data["features"]] == order[:5]
     for f in data["features"]:
         contexts = table.contexts_of(f["feature"])[:N_CONTEXTS]
         assert len(contexts) >= 4
@@ -196,7 +208,7 @@ def test_contexts_of_a_feature_table_are_shown(model, sae, tokens):
 
 
 def test_a_feature_without_contexts_in_the_table_shows_those_of_the_text(model, sae, tokens):
-    table = find_table(model, sae, tokens, min_contexts=6, threshold=1.0)
+    table = find_table(model, sae, tokens, min_contexts=6, threshold=3.0)
     without = next(
         f for f in range(96) if f not in table.interpretable and table.profile(f).n_fired
     )

@@ -10,6 +10,7 @@ import torch
 from sae_lens import SAE
 from support.architectures import every_architecture
 from support.pages import BLOCKS, Page, in_browser, open_page, routed_sae
+from support.selection import to_look_at_first
 from support.small import TINYLLAMA_WIDTH
 
 from sae_lens_route.dashboards.sae_dashboard import (
@@ -18,6 +19,9 @@ from sae_lens_route.dashboards.sae_dashboard import (
     sae_dashboard_pages,
 )
 from sae_lens_route.errors import UserError
+
+# it shows 5 tokens on either side and reads one before them, so no activation nearer to an end
+WITH_NEIGHBORS = slice(6, -5)
 
 with_sae_dashboard = pytest.mark.skipif(
     find_spec("sae_dashboard") is None,
@@ -45,13 +49,19 @@ def test_plain_sae_encodes_as_the_routed_one_and_shares_nothing(model):
 
 
 def acts_of(model, sae, tokens, excluded=None):
-    """`sae.encode` of the routed activations, zero at excluded ids, by default the special ones."""
+    """Activations in units of n(x), zero at excluded ids, by default the special ones."""
     names = sae.cfg.metadata.hook_names
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens, names_filter=names)
-        acts = sae.encode(sae.route(torch.stack([cache[name] for name in names], dim=2)).x_route)
+        routing = sae.route(torch.stack([cache[name] for name in names], dim=2))
+        acts = sae.encode(routing.x_route) / routing.weight.unsqueeze(-1)
     ids = model.tokenizer.all_special_ids if excluded is None else excluded
     return acts.masked_fill(torch.isin(tokens, torch.tensor(ids))[..., None], 0)
+
+
+def first_of(acts, n_features):
+    n_kept = int((acts > 0).any(-1).sum())  # every kept token has active features
+    return to_look_at_first(acts.numpy(), n_kept)[:n_features]
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +70,10 @@ def acts(model, sae, tokens):
 
 
 def assert_shows(data, acts, n_features):
-    """The strongest features, with the maxima and densities of `acts` [n, pos, d_sae]."""
+    """The features to look at first, with the maxima and densities of `acts` [n, pos, d_sae]."""
     maxima = acts.amax((0, 1))
-    assert list(data.feature_data_dict) == maxima.argsort(descending=True)[:n_features].tolist()
-    # it shows 5 tokens on either side, so never an activation nearer to an end
-    inner_maxima = acts[:, 5:-5].amax((0, 1))
+    assert list(data.feature_data_dict) == first_of(acts, n_features)
+    inner_maxima = acts[:, WITH_NEIGHBORS].amax((0, 1))
     for feature, shown in data.feature_data_dict.items():
         strongest = max(
             act
@@ -78,7 +87,7 @@ def assert_shows(data, acts, n_features):
 
 
 @with_sae_dashboard
-def test_maxima_it_shows_are_those_of_encode(model, sae, tokens, acts):
+def test_maxima_it_shows_are_those_of_the_features(model, sae, tokens, acts):
     hooks = set(model.hook_dict)
     data = sae_dashboard_data(model, sae, tokens, n_features=12)
     assert data.cfg.hook_point == "blocks.11.route.hook_resid_post"
@@ -94,8 +103,7 @@ def test_excluded_ids_and_positions_are_excluded(model, tokens):
     acts = acts_of(model, sae, tokens, excluded=[0, 7, 200])
     acts[:, 30:] = 0
     data = sae_dashboard_data(model, sae, tokens, n_features=12)
-    maxima = acts.amax((0, 1))
-    assert list(data.feature_data_dict) == maxima.argsort(descending=True)[:12].tolist()
+    assert list(data.feature_data_dict) == first_of(acts, 12)
     for feature, shown in data.feature_data_dict.items():
         density = f"{int((acts[..., feature] > 0).sum()) / acts[..., 0].numel():.3%}"
         assert density in shown.acts_histogram_data.title
@@ -112,7 +120,7 @@ def test_every_architecture(make_trained, tinyllama, tokens, architecture, tmp_p
     path = sae_dashboard_pages(tinyllama, sae, tokens, tmp_path / "p.html", n_features=6)
     text = path.read_text(encoding="utf-8")
     start = int(json.loads(re.search(r"const START_KEY = (\"\d+\");", text)[1]))
-    assert start == int(acts.amax((0, 1)).argmax())
+    assert start == first_of(acts, 1)[0]
     assert "<script src" not in text
     assert all(torch.equal(value, weights[name]) for name, value in sae.state_dict().items())
 
@@ -158,9 +166,9 @@ def test_a_browser_draws_the_page(model, sae, tokens, acts, tmp_path):
     dom, console = open_page(path.as_uri(), tmp_path / "profile")
     console = [line for line in console if "generated in" not in line]  # timings that the page logs
     assert console == []
-    best = int(acts.amax((0, 1)).argmax())
+    (best,) = first_of(acts, 1)
     assert re.search(rf'<option value="{best}" selected="true"', dom)
     classes = [attributes.get("class") for _, attributes in Page(dom).attributes]
     assert classes.count("token") > 100 and "point" in classes
     shown = [float(v) for v in re.findall(r"Feature activation</td><td[^>]*>([-+.\d]+)", dom)]
-    assert max(shown) == pytest.approx(float(acts[:, 5:-5, best].max()), abs=2e-3)
+    assert max(shown) == pytest.approx(float(acts[:, WITH_NEIGHBORS, best].max()), abs=2e-3)

@@ -1,5 +1,6 @@
 """Reconstruction and routing metrics against brute force and the reference's numbers."""
 
+import json
 import math
 
 import pytest
@@ -9,7 +10,8 @@ from support.small import tokens_dataset
 from sae_lens_route.data.reading import activation_batches, kept_activations
 from sae_lens_route.errors import UserError
 from sae_lens_route.evals.evaluate import evaluate
-from sae_lens_route.evals.reconstruction import reconstruction_metrics
+from sae_lens_route.evals.reconstruction import CrosscoderSums, reconstruction_metrics
+from sae_lens_route.records import plain, typed
 
 BLOCKS = list(range(3, 12))
 
@@ -60,6 +62,17 @@ def test_against_brute_force(route_sae):
             assert result.norm_mse_by_block[block] == pytest.approx(sum(here) / len(here), rel=1e-4)
         else:
             assert result.norm_mse_by_block[block] is None
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 300])
+def test_equal_tokens_have_no_variance_to_explain(route_sae, crosscoder, n):
+    x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(0)).expand(n, 9, 64)
+    result = reconstruction_metrics(route_sae, x.split(50))
+    sums = CrosscoderSums(crosscoder)
+    sums.add(x[:, :3])
+    assert sums.metrics().explained_variance is result.explained_variance is None
+    assert typed(type(result), json.loads(json.dumps(plain(result)))) == result
+    assert math.isfinite(result.norm_mse)
 
 
 def test_no_tokens_is_an_error(route_sae):

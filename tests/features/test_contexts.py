@@ -207,6 +207,8 @@ def test_profiles_equal_plain_loop(stream):
         assert profile.n_fired == total
         assert profile.density == total / max(int(kept.sum()), 1)
         assert profile.max_activation == (acts[..., f][active].max().item() if total else 0)
+        mean_activation = acts[..., f][active].double().mean().item() if total else None
+        assert profile.mean_activation == pytest.approx(mean_activation)
         if not total:
             assert profile.share_by_block is profile.mean_block is profile.depth is None
             continue
@@ -274,7 +276,7 @@ def test_contexts_are_the_models_activations(model):
     table = find_contexts(sae, batches, TOKENIZER, options)
     _, cache = model.run_with_cache(tokens)
     routing = sae.route(torch.stack([cache[name] for name in HOOKS], dim=2))
-    acts = sae.encode(routing.x_route)
+    acts = sae.encode(routing.x_route) / routing.weight.unsqueeze(-1)
     assert table.contexts.num_rows
     for feature in table.interpretable:
         contexts = table.contexts_of(feature)

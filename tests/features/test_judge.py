@@ -43,6 +43,30 @@ def test_every_feature_is_asked_once_and_written_once(endpoint, tmp_path):
     assert run.summary.category_shares == dict.fromkeys(CATEGORIES, 4 / 12)
 
 
+def test_answers_are_held_to_a_schema_where_the_endpoint_takes_one(endpoint, tmp_path):
+    judge_of(endpoint).run(plain_table(3), tmp_path / "r.jsonl")
+    formats = [body["response_format"] for _, _, body in endpoint.bodies]
+    assert formats == [formats[0]] * 3 and formats[0]["type"] == "json_schema"
+    schema = formats[0]["json_schema"]["schema"]
+    assert schema["required"] == ["category", "score", "explanation"]
+    assert schema["properties"]["category"]["enum"] == list(CATEGORIES)
+    judge_of(endpoint, structured=False).run(plain_table(1), tmp_path / "plain.jsonl")
+    assert "response_format" not in endpoint.bodies[-1][2]
+
+
+@pytest.mark.parametrize("refusal", [400, 422])
+def test_an_endpoint_that_refuses_the_schema_is_asked_without(endpoint, tmp_path, refusal):
+    def behave(feature, nth):
+        schema = "response_format" in endpoint.bodies[-1][2]
+        return status(refusal) if schema else as_text(good_answer(feature))
+
+    endpoint.behave = behave
+    judge = judge_of(endpoint, concurrency=1, max_attempts=1)
+    run = judge.run(plain_table(4), tmp_path / "r.jsonl")
+    assert answers(run.results) == {f: good_answer(f) for f in range(4)}
+    assert sorted(endpoint.counts().values()) == [1, 1, 1, 2]
+
+
 TROUBLES = {
     0: status(500),
     1: status(429),
@@ -173,7 +197,7 @@ def test_what_would_fail_for_every_feature_stops_the_run(endpoint, tmp_path, ref
 
 def test_a_refused_request_is_not_repeated(endpoint, tmp_path):
     endpoint.behave = lambda f, nth: status(400) if f == 2 else as_text(good_answer(f))
-    run = judge_of(endpoint).run(plain_table(4), tmp_path / "r.jsonl")
+    run = judge_of(endpoint, structured=False).run(plain_table(4), tmp_path / "r.jsonl")
     assert set(run.failed) == {2}
     assert endpoint.counts() == dict.fromkeys(range(4), 1)
 

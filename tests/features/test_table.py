@@ -96,3 +96,12 @@ def test_default_threshold_is_the_papers_at_its_width():
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         ContextOptions(**options)
+
+
+def test_a_table_of_an_earlier_version_is_refused(tmp_path):
+    """Its activations had no units."""
+    collect(random_stream(), ContextOptions(threshold=1.0), [7]).to_parquet(tmp_path)
+    path = tmp_path / "features.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["mean_activation"]), path)
+    with pytest.raises(UserError, match=r"earlier version.*find them again with `features`"):
+        FeatureTable.from_parquet(tmp_path)

@@ -72,6 +72,26 @@ def test_names_for_which_transformer_lens_runs_code_need_trust(name: str) -> Non
         load_named_model(name, "HookedTransformer", {"revision": "refs/pr/1"})
 
 
+@pytest.mark.parametrize("kind", MODEL_CLASSES)
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        ("custom_generate", "custom_generate/ holds code"),
+        ("attention_kernel", "asks for attn_implementation='attacker/kernel'"),
+        ("nested_kernel", "asks for _attn_implementation='attacker/kernel'"),
+        ("zipped_pickle", "pickles of more than tensors"),
+    ],
+)
+def test_code_in_a_folder_that_the_user_names_needs_trust(
+    tmp_path: Path, payload: str, message: str, kind: str
+) -> None:
+    marker = tmp_path / "ran"
+    folder = model_folder(tmp_path / "model", payload, marker)
+    with pytest.raises(UserError, match=message):
+        load_model(str(folder), kind)
+    assert not marker.exists()
+
+
 def test_the_user_may_trust(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     folder = model_folder(tmp_path / "model", "unknown_type", marker)

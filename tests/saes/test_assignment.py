@@ -38,7 +38,7 @@ def by_numpy(sae, x, temperature):
         p /= p.sum()
         row = []
         for h in n:
-            target = torch.from_numpy(p.max() * h)
+            target = torch.from_numpy(h * (p.max() if sae.cfg.scale_by_probability else 1))
             x_hat = decode_by_hand(inference, encode_by_hand(inference, target))
             row.append(float(((x_hat - target) ** 2).sum() / (target**2).sum()))
         probs.append(p)
@@ -57,9 +57,10 @@ def by_numpy(sae, x, temperature):
 ALONE = ["topk", "jumprelu", "standard", "gated"]
 
 
+@pytest.mark.parametrize("scale", [False, True])
 @pytest.mark.parametrize("architecture", ALONE)
-def test_assignment_loss(architecture):
-    sae = random_sae(architecture, router_objective="assignment")
+def test_assignment_loss(architecture, scale):
+    sae = random_sae(architecture, router_objective="assignment", scale_by_probability=scale)
     x = random_streams(43)
     output = sae.training_forward_pass(a_step(x))
     expected, target, probs = by_numpy(sae, x, temperature=0.2)

@@ -17,7 +17,9 @@ from sae_lens.saes.sae import TrainingSAE
 from safetensors.torch import load_file, save_file
 from support.architectures import every_architecture, random_sae
 from support.command_line import call, error_line
-from support.mutants import CFG, WEIGHTS, Base, good_folders, mutants, outcome
+from support.mutant_outcomes import outcome
+from support.mutants import mutants
+from support.saved_folders import CFG, WEIGHTS, Base, good_folders
 
 from sae_lens_route.errors import UserError
 from sae_lens_route.saes.saved import load_saved_sae
@@ -184,6 +186,48 @@ def test_weights_that_are_not_finite(folder: Path, load: Any, name: str, value: 
     save_file(weights, folder / WEIGHTS)
     with pytest.raises(UserError, match=f"sae_weights.safetensors: {name} .*not finite"):
         load(folder)
+
+
+@every_loader
+@pytest.mark.parametrize(
+    ("base", "changes", "message"),
+    [
+        ("gated, old", {"r_mag": 3e4}, r"r_mag gives encoder weights W_enc \* exp\(r_mag\)"),
+        # exp(88) is a float32, 10 times as much is none
+        ("gated, old", {"r_mag": 88.0, "W_enc": 10.0}, "r_mag gives encoder weights"),
+        ("topk, float64, old", {"W_dec": 0.0}, "W_dec has rows of norms"),
+        ("topk, float64, old", {"W_dec": 1e300}, "W_dec (has rows of norms|holds values)"),
+    ],
+)
+def test_functions_that_are_not_finite(
+    bases: dict[str, Base],
+    tmp_path: Path,
+    load: Any,
+    base: str,
+    changes: dict[str, float],
+    message: str,
+) -> None:
+    """Finite weights without digests, whose first row or value is changed."""
+    weights = bases[base].weights
+    for name, value in changes.items():
+        weights[name][0] = value
+    (tmp_path / CFG).write_bytes((bases[base].folder / CFG).read_bytes())
+    save_file(weights, tmp_path / WEIGHTS)
+    with pytest.raises(UserError, match=f"sae_weights.safetensors: {message}.* not finite"):
+        load(tmp_path)
+
+
+def test_thresholds_of_older_checkpoints_that_are_not_finite(tmp_path: Path) -> None:
+    random_sae("jumprelu").save_model(tmp_path)
+    edit_metadata(tmp_path, weights_sha256=None)
+    weights = load_file(tmp_path / WEIGHTS)
+    weights["log_threshold"] = weights.pop("threshold").clamp(min=1e-6).log()
+    save_file(weights, tmp_path / WEIGHTS)
+    TrainingSAE.load_from_disk(tmp_path)
+    weights["log_threshold"][0] = 1000.0
+    save_file(weights, tmp_path / WEIGHTS)
+    with pytest.raises(UserError, match="log_threshold gives thresholds that are not finite"):
+        TrainingSAE.load_from_disk(tmp_path)
 
 
 @every_loader

@@ -36,6 +36,12 @@ OPTIONS = {
     "mse": {"loss": "mse"},
     "decoder norm": {"decoder_norm_interval": 1},
 }
+DEAD_FEATURE_LOSSES = {
+    "topk": {"aux_loss_coefficient": 1 / 32},
+    "batchtopk": {"aux_loss_coefficient": 1 / 32},
+    "matryoshka_batchtopk": {"aux_loss_coefficient": 1 / 32, "use_matryoshka_aux_loss": True},
+    "jumprelu": {"pre_act_loss_coefficient": 1 / 32},
+}
 STACKED = {
     "multi_layer_topk": saes.MultiLayerTopKTrainingSAE,
     "crosscoder": saes.TrainingCrosscoder,
@@ -62,6 +68,9 @@ def every_sae():
     for architecture in ARCHITECTURES:
         for name, options in OPTIONS.items():
             yield f"{architecture}, {name}", lambda a=architecture, o=options: random_sae(a, **o)
+    for architecture, options in DEAD_FEATURE_LOSSES.items():
+        name = f"{architecture}, loss for dead features"
+        yield name, lambda a=architecture, o=options: random_sae(a, **o)
     for name in STACKED:
         yield name, lambda name=name: stacked_sae(name)
 
@@ -140,9 +149,9 @@ def test_reading_the_routed_hook_on_meta(routing):
     assert cache[hook.name].shape == (2, 7, sae.cfg.d_in)
 
 
-def step(sae, x):
+def step(sae, x, dead):
     """Loss and gradients of a step that is not logged."""
-    output = sae.training_forward_pass(a_step(x))
+    output = sae.training_forward_pass(a_step(x, dead))
     output.loss.backward()
     return output.loss.detach(), {n: p.grad for n, p in sae.named_parameters() if p.requires_grad}
 
@@ -150,11 +159,12 @@ def step(sae, x):
 @pytest.mark.parametrize("name", [n for n in EVERY_SAE if "uniform" not in n and "shares" not in n])
 def test_a_step_waits_for_nothing_and_has_the_numbers_of_the_cpu(name):
     """On devices other than the CPU another formula of the moments runs: equal to rounding."""
-    loss, gradients = step(EVERY_SAE[name](), random_streams(TOKENS))
-    sae = EVERY_SAE[name]()
+    dead = torch.arange(12) % 6 == 1
+    loss, gradients = step(EVERY_SAE[name](), random_streams(TOKENS), dead)
+    sae, on_gpu = EVERY_SAE[name](), placed(dead, "meta:0")
     place_module(sae, "meta:0")
     with pretend_gpus() as waits:
-        found, placed_gradients = step(sae, placed(random_streams(TOKENS), "meta:0"))
+        found, placed_gradients = step(sae, placed(random_streams(TOKENS), "meta:0"), on_gpu)
     assert waits == {}
     torch.testing.assert_close(found.values, loss, rtol=1e-9, atol=1e-12)
     for parameter, gradient in gradients.items():
@@ -164,11 +174,11 @@ def test_a_step_waits_for_nothing_and_has_the_numbers_of_the_cpu(name):
             torch.testing.assert_close(there.values, gradient, rtol=1e-8, atol=1e-10)
 
 
-def waits_of(sae, x, **step_options):
+def waits_of(sae, x, dead=None):
     """Of a step that is not logged, on a device that is not there."""
     place_module(sae, "meta:0")
     with pretend_gpus() as waits:
-        sae.training_forward_pass(a_step(placed(x, "meta:0"), **step_options)).loss.backward()
+        sae.training_forward_pass(a_step(placed(x, "meta:0"), dead)).loss.backward()
     return waits
 
 
@@ -181,10 +191,12 @@ def test_uniform_routing_waits_for_nothing_after_its_first_step(architecture, op
     assert waits_of(sae, x) == {}
 
 
-def test_saelens_own_topk_copies_a_number_to_the_device():
-    """What is counted: the control of these tests."""
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D, d_sae=12, k=3, dtype="float64"))
-    assert waits_of(sae, random_streams(TOKENS)[:, 0]) == {"_to_copy cpu to meta": 1}
+def test_saelens_own_topk_waits_for_the_device():
+    """The control of these tests: what is counted."""
+    sae, x = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D, d_sae=12, k=3)), random_streams(TOKENS)
+    assert waits_of(sae, x[:, 0]) == {"_to_copy cpu to meta": 1}
+    dead = placed(torch.arange(12) < 4, "meta:0")
+    assert waits_of(sae, x[:, 0], dead) == {"_local_scalar_dense": 1}
 
 
 def test_a_selection_by_a_mask_is_counted():
@@ -204,12 +216,3 @@ def test_mixing_devices_raises():
                 mixed()
         with pytest.raises(RuntimeError, match="same device"):
             here + torch.ones(3)
-
-
-def test_the_auxiliary_loss_reads_the_number_of_dead_features():
-    """SAELens needs it for the size of a top-k; off by default, and the mask is dropped then."""
-    dead = placed(torch.arange(12) < 4, "meta:0")
-    sae, x = random_sae("topk"), random_streams(TOKENS)
-    assert waits_of(sae, x, dead=dead) == {}
-    sae = random_sae("topk", aux_loss_coefficient=0.1)
-    assert waits_of(sae, x, dead=dead) == {"_local_scalar_dense": 1}

@@ -79,18 +79,30 @@ def test_a_training_step_under_autocast(architecture, objective):
 
 COMPILED = """
 import torch
-from support.architectures import random_sae, random_streams
+from support.architectures import a_step, random_sae, random_streams
 
 for options in ({}, {"aggregation": "attention"}, {"routing": "soft"}):
     sae, x = random_sae("topk", **options), random_streams(32)
     compiled = torch.compile(sae.route, backend="eager", fullgraph=True)
     assert all(torch.equal(a, b) for a, b in zip(compiled(x), sae.route(x), strict=True)), options
     print(options, "one graph")
+
+for architecture in ("topk", "matryoshka_batchtopk", "jumprelu", "gated"):
+    torch.compiler.reset()
+    eager, sae, x = random_sae(architecture), random_sae(architecture), random_streams(32)
+    step = torch.compile(sae.training_forward_pass, backend="aot_eager")
+    found, expected = step(a_step(x)).loss, eager.training_forward_pass(a_step(x)).loss
+    torch.testing.assert_close(found, expected)
+    found.backward(), expected.backward()
+    for (name, parameter), same in zip(sae.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, same.grad, msg=name)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    print(architecture, "step")
 """
 
 
-def test_compiled_routing_is_one_graph_with_the_same_bits():
-    """The eager backend runs what torch.compile traced with the same kernels.
+def test_compiled_routing_and_steps_compute_the_same():
+    """Routing is one graph with the same bits; a step (`compile_sae`) is equal to a relative 1e-7.
 
     In a process of its own, because these tests check types at run time, which cannot be traced.
     """
@@ -102,4 +114,4 @@ def test_compiled_routing_is_one_graph_with_the_same_bits():
         text=True,
         timeout=240,
     )
-    assert ran.stdout.count("one graph") == 3, ran.stderr
+    assert (ran.stdout.count("one graph"), ran.stdout.count("step")) == (3, 4), ran.stderr

@@ -14,6 +14,7 @@ from support.splice import (
     hook_of,
     route_sae,
     run,
+    tokenizer,
 )
 
 from sae_lens_route.splice import attach
@@ -88,8 +89,9 @@ def test_greedy_generation_of_texts_padded_on_the_left(make_model, kind):
 
     def generate(cached, n=64):
         if isinstance(model, HookedProxyLM):
-            model.tokenizer.padding_side, model.tokenizer.pad_token_id = "left", 1
-            inputs = model.tokenizer(texts, return_tensors="pt", padding=True)
+            padding = tokenizer()
+            padding.padding_side, padding.pad_token_id = "left", 1
+            inputs = padding(texts, return_tensors="pt", padding=True)
             assert not inputs["attention_mask"].all()
             return model.model.generate(
                 input_ids=inputs["input_ids"],

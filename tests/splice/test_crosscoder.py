@@ -316,9 +316,9 @@ def test_gradients_of_a_splice_against_central_differences(left_out):
 
 
 @torch.enable_grad()
-def test_attribution_at_an_unchanged_hook(make_model):
+def test_attribution_at_an_unchanged_hook():
     """A hook that changes nothing but carries a gradient: that of adding to every stream."""
-    model, sae = make_model("hooked-llama").requires_grad_(False), model_crosscoder()
+    model, sae = hooked_model("llama").requires_grad_(False), model_crosscoder()
     tokens = some_tokens(2, 7)
     clean, streams_ = clean_streams(decoder_blocks(model), ROUTED, lambda: model(tokens))
     shift = torch.zeros(2, 7, len(ROUTED) * D, dtype=torch.float64, requires_grad=True)

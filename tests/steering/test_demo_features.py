@@ -79,9 +79,9 @@ def mass(logits, tokens):
 
 def rises(model, sae, edit, tokens, steered, of):
     """Mean rise of the mass of each token set in `of`, at the steered positions."""
-    hook = edit_features(sae, edit, steered)
     clean = model(tokens)
     with attach(model, sae) as handle:
+        hook = edit_features(handle, edit, steered)
         logits = model.run_with_hooks(tokens, fwd_hooks=[(handle.name, hook)])
     return [float((mass(logits, ids) - mass(clean, ids))[steered].mean()) for ids in of]
 
@@ -113,20 +113,21 @@ def test_clamping_raises_a_features_next_tokens_on_generated_text(demo, next_tok
     typical = []
     for feature, following in next_tokens.items():
         edit = FeatureEdit(feature, "set", default_clamp(sae.cfg.d_in))
-        hook_function = edit_features(sae, edit)
+        with attach(model, sae) as handle:
+            hook_function = edit_features(handle, edit)
 
-        def while_writing(x, hook, hook_function=hook_function):
-            return hook_function(x) if x.shape[1] == 1 else x
+            def while_writing(x, hook, hook_function=hook_function):
+                return hook_function(x) if x.shape[1] == 1 else x
 
-        with attach(model, sae) as handle, model.hooks(fwd_hooks=[(handle.name, while_writing)]):
-            tokens = model.generate(
-                prompts,
-                max_new_tokens=n_new,
-                do_sample=False,
-                stop_at_eos=False,
-                return_type="tokens",
-                verbose=False,
-            )
+            with model.hooks(fwd_hooks=[(handle.name, while_writing)]):
+                tokens = model.generate(
+                    prompts,
+                    max_new_tokens=n_new,
+                    do_sample=False,
+                    stop_at_eos=False,
+                    return_type="tokens",
+                    verbose=False,
+                )
         steered = torch.zeros_like(tokens, dtype=torch.bool)
         steered[:, prompts.shape[1] : -1] = True
         typical += rises(model, sae, edit, tokens, steered, of=(following,))

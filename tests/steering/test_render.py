@@ -21,9 +21,12 @@ def test_a_result_as_text_and_as_json(small):
     result = steer(model, sae, PROMPT, EDITS, max_new_tokens=5)
     as_json = json.loads(json.dumps(result.to_dict()))
     assert as_json["text"] == result.text and as_json["clean_text"] == result.clean_text
-    assert as_json["edits"][0] == {"feature": 3, "mode": "set", "value": 6.0}
+    edit = {"feature": 3, "mode": "set", "value": 6.0, "relative": False}
+    assert as_json["edits"][0] == edit and as_json["units"] == "n(x)"
     assert len(as_json["tokens"]) == len(result.tokens)
-    assert as_json["tokens"][1]["block"] == result.tokens[1].block
+    first = result.tokens[1]
+    assert as_json["tokens"][1]["block"] == first.block
+    assert as_json["tokens"][1]["relative_size"] == first.relative_size > 0
 
     result = result._replace(text="a\n" + "long line " * 9, clean_text="def f():\n\treturn")
     page = render(result, width=60)
@@ -36,4 +39,7 @@ def test_a_result_as_text_and_as_json(small):
     assert lines[start + 3].startswith("    return ")
     assert all(len(line) <= 60 for line in lines[start : start + 6])
     assert len(lines) > len(render(result, tokens=False).splitlines()) + len(result.tokens)
-    assert '"<|begin_of_text|>"' in page
+    assert '"<|begin_of_text|>"' in page and "units    n(x)" in page
+    (row,) = [line for line in lines if line.startswith(f'"{first.token}"')]
+    assert row.split()[4] == f"{first.relative_size:.2f}"
+    assert (f"warning  {result.warning}" in lines) == (result.warning is not None)

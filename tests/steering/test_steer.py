@@ -24,6 +24,7 @@ from support.steering import (
     by_hand,
     edited_latents,
     ids_of,
+    unit_of,
 )
 
 from sae_lens_route.data.kept_tokens import KeptTokens
@@ -41,13 +42,17 @@ GPT2S = [kind for kind in KINDS if kind.endswith("gpt2")]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("where", ["prompt", "generated", "both"])
-def test_steered_texts_against_brute_force(small, kind, where):
-    """Text, blocks, weights and activations, with and without a cache."""
+@pytest.mark.parametrize(
+    ("where", "units"),
+    [("prompt", "n(x)"), ("generated", "n(x)"), ("both", "n(x)"), ("both", "x_route")],
+)
+def test_steered_texts_against_brute_force(small, kind, where, units):
+    """Text, blocks, weights, activations and sizes, with and without a cache."""
     model, sae = small(kind)
     hooks_before = list(model.hook_dict)
+    options = {"where": where, "units": units, "max_new_tokens": 8}
     cached, uncached = (
-        steer(model, sae, PROMPT, EDITS, where=where, max_new_tokens=8, use_cache=use_cache)
+        steer(model, sae, PROMPT, EDITS, use_cache=use_cache, **options)
         for use_cache in (True, False)
     )
     assert list(model.hook_dict) == hooks_before
@@ -66,8 +71,14 @@ def test_steered_texts_against_brute_force(small, kind, where):
     assert cached.n_steered == steered.sum()
 
     tokens = torch.tensor([ids_of(cached)])
-    f = by_hand(sae, steered)
-    logits, chosen, used = brute_force(model, sae, ROUTED, f, lambda: run(model, tokens))
+    unit = unit_of(model, sae, tokens, units)
+    f, size = by_hand(sae, steered, unit=unit), torch.zeros(1, n_prompt + n_new).double()
+
+    def seen(here, before, after):
+        relative = (after - before).norm(dim=-1) / (before - before.mean(-1, True)).norm(dim=-1)
+        size[here[..., 0]] = relative[here[..., 0]]
+
+    logits, chosen, used = brute_force(model, sae, ROUTED, f, lambda: run(model, tokens), seen=seen)
     assert logits.argmax(-1)[0, n_prompt - 1 : -1].tolist() == ids_of(cached, True)
     clean_ids = torch.tensor([[*ids_of(cached, False), *cached.clean_token_ids]])
     clean_logits = run(model, clean_ids)
@@ -79,8 +90,10 @@ def test_steered_texts_against_brute_force(small, kind, where):
     p, _ = brute_routing(sae, streams)
     z = sae.encode(used)
     features = [edit.feature for edit in EDITS]
-    before = z[0, :-1, features]
-    after = torch.where(steered[0, :-1, None], edited_latents(z)[0, :-1, features], before)
+    per_unit = 1 if units == "x_route" else unit[0, :-1]
+    before = z[0, :-1, features] / per_unit
+    edited = edited_latents(z, unit)[0, :-1, features] / per_unit
+    after = torch.where(steered[0, :-1, None], edited, before)
     assert (before > 0).any() and len(chosen[0, :-1].unique()) > 1
     for result in (cached, uncached):
         rows = result.tokens[:-1]
@@ -88,8 +101,12 @@ def test_steered_texts_against_brute_force(small, kind, where):
         close(torch.tensor([t.weight for t in rows], dtype=p.dtype), p[0, :-1], 1e-6)
         close(torch.tensor([t.before for t in rows], dtype=p.dtype), before, 1e-6)
         close(torch.tensor([t.after for t in rows], dtype=p.dtype), after, 1e-6)
+        sizes = torch.tensor([t.relative_size for t in rows], dtype=p.dtype)
+        close(sizes, size[0, :-1], 1e-6)
+        assert torch.equal(sizes > 0, steered[0, :-1])
         last = result.tokens[-1]
         assert last.block is last.weight is last.before is last.after is None
+        assert last.relative_size is None
 
 
 @pytest.fixture
@@ -139,7 +156,7 @@ def test_the_tokens_that_the_sae_keeps_are_steered(small_with_bos, small, kind, 
         tokens = torch.tensor([ids_of(result)])
         kept = KeptTokens.of(sae, model.tokenizer).mask(tokens)
         assert [t.steered for t in result.tokens[:-1]] == kept[0, :-1].tolist()
-        f = by_hand(sae, kept)
+        f = by_hand(sae, kept, unit=unit_of(model, sae, tokens, "n(x)"))
         logits, *_ = brute_force(model, sae, ROUTED, f, lambda tokens=tokens: run(model, tokens))
         assert logits.argmax(-1)[0, n_prompt - 1 : -1].tolist() == ids_of(result, True)
         assert kept.all() == (rule == "nothing")
@@ -228,6 +245,44 @@ def test_how_a_prompt_begins(small, monkeypatch):
     assert ids_of(steered(chat_template=False), False) == [bos, *plain]
 
 
+@pytest.mark.parametrize("prompt", ["a list", "  A list", "Be brief"])
+def test_a_system_prompt_is_not_steered_unless_asked(small, monkeypatch, prompt):
+    """With all that the template puts before the user's text, which it strips."""
+    model, sae = small()
+    tokenizer = model.tokenizer
+    sae.cfg.metadata.exclude_special_tokens = False
+    template = (
+        "<system>Be brief.</>{% for m in messages %}<user> {{ m['content'] | trim }}</>"
+        "{% endfor %}bot:"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    before = tokenizer("<system>Be brief.</><user>", add_special_tokens=False)["input_ids"]
+    asked, unasked = (
+        steer(model, sae, prompt, EDITS, where="prompt", max_new_tokens=2, steer_system=on)
+        for on in (True, False)
+    )
+    n_prompt = len(ids_of(asked, False))
+    assert [t.steered for t in asked.tokens] == [True] * n_prompt + [False] * 2
+    flags = [t.steered for t in unasked.tokens]
+    assert flags == [False] * len(before) + [True] * (n_prompt - len(before)) + [False] * 2
+    assert prompt.strip() in "".join(t.token for t in unasked.tokens if t.steered)
+
+
+def test_large_edits_are_pointed_out(small):
+    model, sae = small()
+
+    def steered(edit):
+        return steer(model, sae, PROMPT, edit, max_new_tokens=2)
+
+    large, little = steered(FeatureEdit(3, "set", 60.0)), steered(FeatureEdit(3, "set", 0.1))
+    sizes = [t.relative_size for t in large.tokens if t.steered]
+    assert min(sizes) > 1
+    assert f"{len(sizes)} of {len(sizes)} edits are larger" in large.warning
+    assert f"up to {max(sizes):.1f} times its norm" in large.warning
+    assert little.warning is None is little.to_dict()["warning"]
+    assert large.to_dict()["warning"] == large.warning
+
+
 @pytest.mark.parametrize("kind", GPT2S)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_tokenizer_whose_padding_is_bos(small, kind, side):
@@ -274,6 +329,7 @@ def test_the_end_of_a_text(small, kind):
         ({"max_new_tokens": 2000}, "prompt='A list.*max_new_tokens=2000.*context of"),
         ({"prompt": "word " * 200}, "prompt='word word.*max_new_tokens=4"),
         ({"prompt": ""}, "prompt=''"),
+        ({"edits": FeatureEdit(5, "set", 1.5, relative=True)}, "1.5x its maximum.*not known"),
     ],
 )
 @pytest.mark.parametrize("kind", ["hooked-llama", "proxy-gpt2"])

@@ -164,6 +164,12 @@ def n_silent(features: list[np.ndarray]) -> int:
     return sum(not any(values) for values in zip(*features, strict=True))
 
 
+def n_dense(features: list[np.ndarray]) -> int:
+    """Features that are not 0 on more than a tenth of the tokens."""
+    counts = [sum(value != 0 for value in values) for values in zip(*features, strict=True)]
+    return sum(10 * count > len(features) for count in counts)
+
+
 def reconstruction(scene: Scene) -> dict[str, Any]:
     """The fields of `ReconstructionMetrics`."""
     sae, blocks = scene.sae, scene.blocks
@@ -190,9 +196,8 @@ def reconstruction(scene: Scene) -> dict[str, Any]:
         "norm_mse": mean(errors),
         "explained_variance": explained_variance([r.x_route for r in at], outputs),
         "l0": mean([float(sum(acts != 0)) for acts in features]),
-        "dead_features": sum(
-            not any(acts[f] for acts in features) for f in range(len(features[0]))
-        ),
+        "dead_features": n_silent(features),
+        "dense_features": n_dense(features),
         "share_by_block": dict(zip(blocks, shares, strict=True)),
         "mean_probs_by_block": {b: mean([r.probs[i] for r in at]) for i, b in enumerate(blocks)},
         "load_entropy": -math.fsum(s * math.log(s) for s in shares if s > 0),
@@ -226,9 +231,8 @@ def crosscoder_reconstruction(scene: Scene) -> dict[str, Any]:
         "norm_mse": mean(list(by_block.values())),
         "explained_variance": explained_variance(inputs, outputs),
         "l0": mean([float(sum(acts != 0)) for acts in features]),
-        "dead_features": sum(
-            not any(acts[f] for acts in features) for f in range(len(features[0]))
-        ),
+        "dead_features": n_silent(features),
+        "dense_features": n_dense(features),
         "norm_mse_by_block": by_block,
     }
 

@@ -54,6 +54,7 @@ def make_table(contexts, share_by_block=None):
                 n_fired=10,
                 density=0.1,
                 max_activation=2.0,
+                mean_activation=1.0,
                 n_fired_by_block={block: int(10 * s) for block, s in share.items()},
                 share_by_block=share,
                 mean_block=sum(block * s for block, s in share.items()),

@@ -138,6 +138,7 @@ def shown_feature(feature: int, share_by_block: dict[int, float], **changes: Any
         n_fired=20,
         density=0.2,
         max_activation=3.0,
+        mean_activation=1.5,
         n_fired_by_block={block: int(20 * share) for block, share in share_by_block.items()},
         share_by_block=share_by_block,
         mean_block=mean_block,

@@ -149,10 +149,11 @@ def brute_routing(sae, streams):
     return p, i
 
 
-def brute_force(model, sae, routed, f, run_model, unscaled=False):
+def brute_force(model, sae, routed, f, run_model, unscaled=False, seen=None):
     """Logits with f spliced in, the routing, and the activation of each token at its block.
 
-    The activations are those of the pass with f in it.
+    The activations are those of the pass with f in it. `seen` is called with each routed block's
+    tokens, and with the stream before and after f.
     """
     blocks = decoder_blocks(model)
     _, streams = clean_streams(blocks, routed, run_model)
@@ -170,7 +171,9 @@ def brute_force(model, sae, routed, f, run_model, unscaled=False):
             value = p * (x - mean) / scale
             here = (chosen == routed.index(index)).unsqueeze(-1)
             used.copy_(torch.where(here, value, used))
-            x = torch.where(here, f(value) / p * scale + mean, x)
+            before, x = x, torch.where(here, f(value) / p * scale + mean, x)
+            if seen is not None:
+                seen(here, before, x)
             return (x, *output[1:]) if isinstance(output, tuple) else x
 
         return hook

@@ -169,6 +169,12 @@ def opened_by_a_user(path: Path, profile: Path) -> Opened:
     )
 
 
+def opened_alone(path: Path, profile: Path) -> Opened:
+    """Open an SVG file, in which there is nothing to touch."""
+    dom, console = open_page(path.as_uri(), profile)
+    return Opened(Page(dom).root.get("data-ran"), dom.startswith("<"), set(), console)
+
+
 def texts_that_run(folder: Path) -> int:
     """How many texts run by themselves where they are taken for HTML, an attribute or a script."""
     places = ("<p>{}</p>", '<p title="{}">x</p>', "<script>let x = '{}';</script>")

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -283,6 +284,7 @@ def test_a_checkpoint_of_other_entries_is_refused(tinyllama, tmp_path):
         ({"x": one_entry(k=4)}, "entry 'x' has k=8 there, not 4"),
         ({"x": one_entry(blocks=[3, 4, 5])}, r"blocks=\[3, 4, 5, 6, 7\] there, not \[3, 4, 5\]"),
         ({"x": one_entry(architecture="crosscoder_topk")}, "architecture='route_topk' there"),
+        ({"x": replace(one_entry(), seed=1)}, "entry 'x' has seed=0 there, not 1"),
     ]:
         with pytest.raises(UserError, match=message):
             SweepRunner(cfg, changed)

@@ -156,6 +156,29 @@ def test_the_stored_configuration_resumes_the_run(finished, interrupted):
         resumed_config(finished, {"kk": "3"})
 
 
+def test_a_checkpoint_resumes_its_run_wherever_that_is_seen_from(tinyllama, tmp_path, monkeypatch):
+    """The output folder was relative to another working folder, or the run was moved."""
+    monkeypatch.chdir(tmp_path)
+    cfg = small_config(Path("runs") / "a", n_checkpoints=1)
+    RouteSAETrainingRunner(cfg, None, tinyllama).run()
+    checkpoint = newest_checkpoint(Path("runs") / "a")
+    assert checkpoint is not None
+    assert resumed_config(checkpoint, {}).output_path == "runs/a"
+    assert resumed_config(Path("runs") / "a", {}).output_path == "runs/a"
+    assert resumed_config(checkpoint, {"output_path": "b"}).output_path == "b"
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    whole = str(tmp_path / "runs" / "a")
+    assert resumed_config(tmp_path / checkpoint, {}).output_path == whole
+    assert resumed_config(Path("..") / checkpoint, {}).output_path == "../runs/a"
+    shutil.copytree(whole, tmp_path / "moved")
+    moved = newest_checkpoint(tmp_path / "moved")
+    assert moved is not None
+    assert resumed_config(moved, {}).output_path == str(tmp_path / "moved")
+    alone = shutil.copytree(moved, tmp_path / "x" / "y" / "z")
+    assert resumed_config(alone, {}).output_path == "runs/a"  # there is no run around it
+
+
 # --- a longer run --------------------------------------------------------------------------------
 
 

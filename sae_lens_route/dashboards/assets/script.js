@@ -23,6 +23,7 @@ const number = (x, digits = 3) => x === null || x === undefined ? "-" : x.toPrec
 const percent = x => x >= 0.1 ? (100 * x).toFixed(1) + "%" : (100 * x).toPrecision(2) + "%";
 const BLUE = "#33658a", ORANGE = "#e07b00", RED = "#cc3311";
 const BLOCKS = D.blocks.map(String);
+const ACTIVATION = `activation, units of ${D.units}`;
 const perBlock = values => BLOCKS.map(block => values[block]);
 
 const draw = (id, traces, layout) => Plotly.react(id, traces, {
@@ -43,7 +44,7 @@ function drawHistogram(f) {
     type: "bar", x: f.histogram.map((_, i) => (i + 0.5) * width), y: f.histogram, width,
     marker: {color: ORANGE}, hovertemplate: "activation %{x:.3g}<br>%{y} tokens<extra></extra>",
   }], {title: {text: "Activations above 0"}, bargap: 0,
-    xaxis: axis("activation"), yaxis: axis("tokens")});
+    xaxis: axis(ACTIVATION), yaxis: axis("tokens")});
 }
 
 function drawBlocks(f) {
@@ -67,7 +68,7 @@ function drawViolin(f) {
     };
   }).filter(trace => trace.y.length);
   draw("violin", traces, {title: {text: "Activations by block"}, xaxis: blockAxis(),
-    yaxis: axis("activation", {rangemode: "tozero"})});
+    yaxis: axis(ACTIVATION, {rangemode: "tozero"})});
 }
 
 function drawContexts(f) {
