@@ -84,5 +84,10 @@ def _is_topk(sae: SAE[Any]) -> TypeGuard[TopKSAE]:
         and type(sae.activation_fn) is TopK
         and not sae.cfg.rescale_acts_by_decoder_norm
         and sae.W_dec.dtype in PRECISE
-        and not any(point._forward_hooks or point._backward_hooks for point in sae.modules())
+        and not any(_has_hooks(module) for module in sae.modules())
     )
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)

@@ -39,10 +39,12 @@ def test_only_topk_is_sparse_and_only_where_nobody_watches():
     assert not room._is_topk(to_inference(random_sae("jumprelu")))
     assert not room._is_topk(random_sae("topk")), "one in training may couple tokens"
     assert not room._is_topk(to_inference(random_sae("topk")).to(torch.bfloat16))
-    handle = sae.hook_sae_acts_post.register_forward_hook(lambda *_: None)
-    assert not room._is_topk(sae)
-    handle.remove()
-    assert room._is_topk(sae)
+    point = sae.hook_sae_acts_post
+    for register in (point.register_forward_hook, point.register_forward_pre_hook):
+        handle = register(lambda *_: None)
+        assert not room._is_topk(sae)
+        handle.remove()
+        assert room._is_topk(sae)
 
 
 def test_a_hook_on_the_activations_acts():
