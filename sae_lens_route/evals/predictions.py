@@ -42,8 +42,12 @@ class Comparison(NamedTuple):
 
 
 class CleanPass:
-    """The unedited model on one batch of contexts, with which edited ones are compared."""
+    """The unedited model on one batch of contexts, with which edited ones are compared.
 
+    Nothing here takes gradients: the log probabilities replace the model's logits in memory.
+    """
+
+    @torch.no_grad()
     def __init__(self, model: LanguageModel, tokens: Int[Tensor, "batch pos"]) -> None:
         self.model, self.tokens = model, tokens
         logits = model(tokens, return_type="logits").flatten(0, 1)
@@ -56,6 +60,7 @@ class CleanPass:
         self.ce = self._per_target(-self._log_probs.gather(-1, self._next))
         self._ablated: list[tuple[list[int], Tensor, Comparison]] = []
 
+    @torch.no_grad()
     def edited(
         self, edits: Mapping[int, Edit]
     ) -> tuple[Comparison, dict[int, Float[Tensor, "batch pos d"]]]:

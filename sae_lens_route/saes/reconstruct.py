@@ -8,7 +8,7 @@ active features: then only the encoder's product needs every feature (`sparse_to
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -66,17 +66,18 @@ def _codes(sae: SAE[Any], x: Float[Tensor, "tokens d"]) -> Iterator[_Code | _Top
     An SAE in training gets all tokens at once, because it may couple them (batch top-k).
     """
     couples_tokens = isinstance(sae, TrainingSAE)
+    topk = cast("TopKSAE", sae) if _is_topk(sae) else None
     size = len(x) if couples_tokens else _PIECE // sae.cfg.d_sae
     for piece in x.split(max(1, size)):
-        if _is_topk(sae):
-            hidden_pre = torch.addmm(sae.b_enc, sae.process_sae_in(piece), sae.W_enc)
-            acts, features = hidden_pre.topk(sae.cfg.k, sorted=False)
+        if topk is not None:
+            hidden_pre = torch.addmm(topk.b_enc, topk.process_sae_in(piece), topk.W_enc)
+            acts, features = hidden_pre.topk(topk.cfg.k, sorted=False)
             yield _TopKCode(features, acts.relu())
         else:
             yield _Code(sae.encode(piece))
 
 
-def _is_topk(sae: SAE[Any]) -> TypeGuard[TopKSAE]:
+def _is_topk(sae: SAE[Any]) -> bool:
     """Whether SAELens's own TopK inference code would run, and no hook look at its steps."""
     return (
         type(sae).encode is TopKSAE.encode
