@@ -48,7 +48,7 @@ def compare(training_tokens: int, eval_tokens: int, seeds: int) -> list[Trained]
         return [Trained(run, row) for run, row in zip(entries, result.rows, strict=True)]
 
     runs = [Run(method.label, K, seed) for method in shown_in("routers") for seed in range(seeds)]
-    entries = sweep_entries(runs, cfg)
+    entries = sweep_entries(runs, cfg, {})
     routers = trained(entries)
     return routers + trained(share_matched(entries, routers))
 

@@ -27,15 +27,17 @@ def require_memory(n_bytes: int, device: torch.device | str, field: str, value: 
     Raises:
         UserError: they are not; the message names the field that asks for them.
     """
-    device = torch.device(device)
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif device.type == "cpu":
-        free = psutil.virtual_memory().available
-    else:
-        return
-    if n_bytes > free:
+    free = free_memory(device)
+    if free is not None and n_bytes > free:
         raise UserError(
             f"{field}={value}: would take {n_bytes / 1e9:.1f} GB on {device}, where "
             f"{free / 1e9:.1f} GB are free; lower it"
         )
+
+
+def free_memory(device: torch.device | str) -> int | None:
+    """Bytes that are free on a device; None for other devices than CPU and CUDA."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available if device.type == "cpu" else None

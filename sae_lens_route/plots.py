@@ -18,11 +18,20 @@ from matplotlib.figure import Figure as StaticFigure
 from plotly.colors import qualitative
 
 from sae_lens_route.evals.comparison import SweepRow
-from sae_lens_route.evals.concepts import DictionaryScores, LevelScore
 from sae_lens_route.evals.reconstruction import ReconstructionMetrics
 from sae_lens_route.features.raters import Agreement
 
 COLORS = qualitative.Safe
+DASHES = ("solid", "dash", "dot", "dashdot")
+_LINE_STYLES = dict(zip(DASHES, ("-", "--", ":", "-."), strict=True))  # as matplotlib writes them
+
+
+class Span(NamedTuple):
+    """A number with its interval."""
+
+    mean: float
+    low: float
+    high: float
 
 
 class TradeoffPoint(NamedTuple):
@@ -183,73 +192,80 @@ def judge_agreement(result: Agreement, names: tuple[str, str]) -> go.Figure:
     return figure
 
 
-def concept_recovery(dictionaries: Mapping[str, DictionaryScores]) -> go.Figure:
-    """Mean F1 of the best single features by level of the concepts, with 95 % intervals.
+def concept_recovery(
+    methods: Mapping[str, Mapping[str, Span]], chance: Mapping[str, float]
+) -> go.Figure:
+    """Mean F1 of the best single features by level of the concepts.
 
     Args:
-        dictionaries: Scores on the same text; "permuted labels" is the mean of their chance levels.
+        methods: By method, the F1 at each level.
+        chance: The F1 at each level with permuted labels.
     """
     figure = _figure("Concepts recovered by single features", "level of the concepts", "mean F1")
-    chance: dict[str, list[float]] = defaultdict(list)
-    for i, (name, scores) in enumerate(dictionaries.items()):
-        levels = {"all": scores.overall, **scores.levels}
-        _add_bars(figure, {level: score.f1 for level, score in levels.items()}, name, i)
-        figure.data[-1].error_y = _interval(list(levels.values()))
-        for level, score in levels.items():
-            chance[level].append(score.f1_shuffled)
-    y = [_mean(values) for values in chance.values()]
-    _add_line(figure, list(chance), y, "permuted labels", len(dictionaries), mode="markers")
+    for i, (name, by_level) in enumerate(methods.items()):
+        _add_bars(figure, {level: span.mean for level, span in by_level.items()}, name, i)
+        figure.data[-1].error_y = _interval(list(by_level.values()))
+    y = list(chance.values())
+    _add_line(figure, list(chance), y, "permuted labels", len(methods), mode="markers")
     figure.update_xaxes(type="category")
     return figure
 
 
 def concept_recovery_by_block(
-    single_layers: Mapping[int, DictionaryScores], others: Mapping[str, DictionaryScores]
+    level: str, single_layers: Mapping[int, Span], others: Mapping[str, Span]
 ) -> go.Figure:
-    """Mean F1 over all concepts: single layers as a curve over blocks, others as horizontal lines.
+    """Mean F1 of one level: single layers as a curve over blocks, others as horizontal lines.
 
     Args:
-        single_layers: Scores of a dictionary for each block.
-        others: Scores of dictionaries that read several blocks.
+        level: Name of the level, for the title.
+        single_layers: F1 of a dictionary at each block.
+        others: F1 of dictionaries that read several blocks.
     """
-    figure = _figure("Concepts recovered by single features", "block", "mean F1")
-    blocks = sorted(single_layers)
-    overall = [single_layers[block].overall for block in blocks]
-    _add_line(figure, blocks, [score.f1 for score in overall], "single layer", 0)
-    figure.data[-1].error_y = _interval(overall)
-    for i, (name, scores) in enumerate(others.items(), start=1):
-        y = [scores.overall.f1] * 2
-        _add_line(figure, [blocks[0], blocks[-1]], y, name, i, "dash", mode="lines")
+    figure = _figure(f"Concepts recovered by single features: {level}", "block", "mean F1")
+    blocks, spans = list(single_layers), list(single_layers.values())
+    _add_line(figure, blocks, [span.mean for span in spans], "single layer", 0)
+    figure.data[-1].error_y = _interval(spans)
+    for i, (name, span) in enumerate(others.items(), start=1):
+        y = [span.mean] * 2
+        _add_line(figure, [blocks[0], blocks[-1]], y, name, i, DASHES[i % len(DASHES)], "lines")
     return figure
 
 
-def concept_blocks(scores: DictionaryScores, min_f1: float = 0.5) -> go.Figure:
-    """Blocks where the features live that recover the concepts of each level (Figure 1).
+def concept_depth(methods: Mapping[str, Mapping[str, float]]) -> go.Figure:
+    """The mean block where the features of recovered concepts live, by level (Figure 1).
 
     Args:
-        scores: Of one dictionary.
-        min_f1: The least F1, on the test half, of a concept that counts as recovered.
+        methods: By method, the mean block at each level that has recovered concepts.
     """
-    figure = _figure("Where recovered concepts live", "block", "share of the features")
-    recovered = [concept for concept in scores.concepts if concept.f1 >= min_f1]
-    blocks = sorted({block for concept in recovered for block in concept.share_by_block})
-    for i, level in enumerate(scores.levels):
-        shares = [concept.share_by_block for concept in recovered if concept.level == level]
-        if shares:
-            by_block = {b: _mean([share.get(b, 0.0) for share in shares]) for b in blocks}
-            _add_bars(figure, by_block, f"{level} ({len(shares)})", i)
+    figure = _figure("Where recovered concepts live", "level of the concepts", "mean block")
+    for i, (name, by_level) in enumerate(methods.items()):
+        y = list(by_level.values())
+        _add_line(figure, list(by_level), y, name, i, DASHES[i % len(DASHES)])
     figure.update_xaxes(type="category")
     return figure
 
 
-def _interval(scores: Sequence[LevelScore]) -> dict[str, Any]:
+def recovery_by_depth(methods: Mapping[str, Mapping[str, Span]]) -> go.Figure:
+    """Share of the known features of synthetic streams that each method recovers.
+
+    Args:
+        methods: By method, the share of each depth class.
+    """
+    figure = _figure("Known features recovered", "blocks where the features are", "share recovered")
+    for i, (name, by_depth) in enumerate(methods.items()):
+        _add_bars(figure, {depth: span.mean for depth, span in by_depth.items()}, name, i)
+        figure.data[-1].error_y = _interval(list(by_depth.values()))
+    figure.update_xaxes(type="category")
+    return figure
+
+
+def _interval(spans: Sequence[Span]) -> dict[str, Any]:
     """Error bars in plotly's form."""
-    lows, highs = zip(*(score.f1_interval for score in scores), strict=True)
     return {
         "type": "data",
         "symmetric": False,
-        "array": [max(0.0, high - s.f1) for high, s in zip(highs, scores, strict=True)],
-        "arrayminus": [max(0.0, s.f1 - low) for low, s in zip(lows, scores, strict=True)],
+        "array": [max(0.0, span.high - span.mean) for span in spans],
+        "arrayminus": [max(0.0, span.mean - span.low) for span in spans],
         "color": "rgb(76,76,76)",
     }
 
@@ -332,7 +348,7 @@ def _static(figure: go.Figure) -> StaticFigure:
     for trace in traces:
         if trace.type == "scatter":
             at = [categories.index(x) for x in trace.x] if categories else trace.x
-            dash = {"dot": ":", "dash": "--"}.get(trace.line.dash or "", "-")
+            dash = _LINE_STYLES[trace.line.dash or "solid"]
             axes.plot(
                 at,
                 trace.y,

@@ -15,6 +15,7 @@ ARGUMENTS = {
     "routing_gain.py": ["--training-tokens", 4096, "--eval-tokens", 512, "--seeds", 2],
     "splice.py": ["--tiny"],
     "sweep.py": ["--shape", "tiny", "--steps", 2, "--rounds", 1, "--work", "{tmp}"],
+    "synthetic_layers.py": ["--training-tokens", 512, "--eval-tokens", 2048, "--seeds", 1],
     "topk_at_block_11.py": ["--training-tokens", 8192, "--eval-tokens", 512, "--seeds", 1],
     "training_step.py": ["--shape", "tiny", "--rounds", 1, "--work", "{tmp}"],
 }

@@ -22,6 +22,7 @@ LAYERS = [
     {"data"},
     {"training"},
     {"evals"},
+    {"synthetic"},
     {"features"},
     {"steering"},
     {"dashboards"},

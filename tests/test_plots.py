@@ -6,16 +6,17 @@ from pathlib import Path
 import pytest
 from support.reproduction import row
 
-from sae_lens_route.evals.concepts import ConceptScore, DictionaryScores, LevelScore
 from sae_lens_route.evals.reconstruction import ReconstructionMetrics
 from sae_lens_route.plots import (
     FeatureByBlock,
+    Span,
     ThresholdCurve,
     TradeoffPoint,
-    concept_blocks,
+    concept_depth,
     concept_recovery,
     concept_recovery_by_block,
     feature_profiles,
+    recovery_by_depth,
     routing_shares,
     routing_weights,
     threshold_curves,
@@ -120,51 +121,47 @@ def test_a_figure_is_written_twice_and_the_same_each_time(tmp_path):
     assert write_figure(figure, tmp_path / "b" / "loss")[1].read_bytes() == svg.read_bytes()
 
 
-def concept(level, f1, share_by_block):
-    others = dict.fromkeys(ConceptScore._fields, 0)
-    values = {**others, "level": level, "f1": f1, "share_by_block": share_by_block}
-    return ConceptScore(**values)
-
-
-def dictionary(overall, word, concepts=()):
-    """Scores whose intervals reach from F1 - .1 to F1 + .2, with a chance level of F1 / 2."""
-    overall, word = (
-        LevelScore(3, f1, (f1 - 0.1, f1 + 0.2), f1 / 2, {}, 0) for f1 in (overall, word)
-    )
-    return DictionaryScores(8, 0, 0, overall, {"word": word}, list(concepts))
+def spans(overall, word):
+    """Intervals from F1 - .1 to F1 + .2."""
+    return {
+        level: Span(f1, f1 - 0.1, f1 + 0.2) for level, f1 in {"all": overall, "word": word}.items()
+    }
 
 
 def test_recovered_concepts_are_bars_by_level_with_their_intervals():
-    figure = concept_recovery({"a": dictionary(0.4, 0.6), "b": dictionary(0.2, 0.4)})
-    a, b, chance = figure.data
+    chance = {"all": 0.15, "word": 0.25}
+    figure = concept_recovery({"a": spans(0.4, 0.6), "b": spans(0.2, 0.4)}, chance)
+    a, b, permuted = figure.data
     assert (a.name, list(a.x), list(a.y)) == ("a", ["all", "word"], [0.4, 0.6])
     assert list(b.y) == [0.2, 0.4]
     assert list(a.error_y.array) == pytest.approx([0.2, 0.2])
     assert list(a.error_y.arrayminus) == pytest.approx([0.1, 0.1])
-    assert (chance.name, list(chance.x)) == ("permuted labels", ["all", "word"])
-    assert list(chance.y) == pytest.approx([0.15, 0.25])
+    assert (permuted.name, list(permuted.x)) == ("permuted labels", ["all", "word"])
+    assert list(permuted.y) == [0.15, 0.25]
 
 
 def test_single_layers_are_a_curve_and_the_others_are_level():
-    layers = {9: dictionary(0.3, 0.0), 2: dictionary(0.1, 0.0)}
-    curve, other = concept_recovery_by_block(layers, {"route": dictionary(0.5, 0.9)}).data
+    layers = {2: Span(0.1, 0.0, 0.3), 9: Span(0.3, 0.2, 0.5)}
+    figure = concept_recovery_by_block("word", layers, {"route": Span(0.5, 0.5, 0.5)})
+    curve, other = figure.data
+    assert figure.layout.title.text.endswith(": word")
     assert (list(curve.x), list(curve.y)) == ([2, 9], [0.1, 0.3])
     assert list(curve.error_y.array) == pytest.approx([0.2, 0.2])
     assert (other.name, list(other.x), list(other.y)) == ("route", [2, 9], [0.5, 0.5])
 
 
-def test_blocks_of_the_concepts_that_are_recovered():
-    concepts = [
-        concept("word", 0.5, {2: 1.0}),
-        concept("word", 0.9, {2: 0.5, 9: 0.5}),
-        concept("word", 0.49, {5: 1.0}),
-        concept("syntax", 0.1, {5: 1.0}),
-    ]
-    scores = dictionary(0.5, 0.5, concepts)
-    (words,) = concept_blocks(scores).data
-    assert (words.name, list(words.x), list(words.y)) == ("word (2)", ["2", "9"], [0.75, 0.25])
-    (words,) = concept_blocks(scores, min_f1=0.2).data
-    assert list(words.y) == pytest.approx([0.5, 1 / 3, 1 / 6])
+def test_depth_of_the_levels_is_a_line_for_each_method():
+    figure = concept_depth({"a": {"word": 7.0, "syntax": 9.0}})
+    (line,) = figure.data
+    assert (line.name, list(line.x), list(line.y)) == ("a", ["word", "syntax"], [7.0, 9.0])
+
+
+def test_recovery_of_known_features_is_bars_by_depth():
+    by_depth = {"early": Span(0.25, 0.2, 0.4), "late": Span(0.5, 0.5, 0.5)}
+    (bars,) = recovery_by_depth({"a": by_depth}).data
+    assert (bars.name, list(bars.x), list(bars.y)) == ("a", ["early", "late"], [0.25, 0.5])
+    assert list(bars.error_y.array) == pytest.approx([0.15, 0.0])
+    assert list(bars.error_y.arrayminus) == pytest.approx([0.05, 0.0])
 
 
 # --- the SVG, which matplotlib draws from the same traces -----------------------------------------
@@ -211,11 +208,11 @@ def test_bars_of_the_svg_are_as_high_as_the_shares(tmp_path):
 
 
 def test_intervals_of_the_svg_are_as_long_as_the_numbers(tmp_path):
-    svg = svg_of(concept_recovery({"a": dictionary(0.4, 0.6)}), tmp_path)
+    svg = svg_of(concept_recovery({"a": spans(0.4, 0.6)}, {}), tmp_path)
     bars = paths(svg, "fill: #88ccee")
-    spans = paths(svg, "fill: none; stroke: #4c4c4c")
-    assert len(bars) == len(spans) == 2
-    for bar, span, f1 in zip(bars, spans, (0.4, 0.6), strict=True):
+    drawn = paths(svg, "fill: none; stroke: #4c4c4c")
+    assert len(bars) == len(drawn) == 2
+    for bar, span, f1 in zip(bars, drawn, (0.4, 0.6), strict=True):
         bottom, top = max(y for _, y in bar), min(y for _, y in bar)
         scale = (bottom - top) / f1
         low, high = max(y for _, y in span), min(y for _, y in span)

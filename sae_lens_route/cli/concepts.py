@@ -32,6 +32,13 @@ def concepts(
         int, typer.Option(min=10_000, help="Of Python to read, with --python.")
     ] = 400_000,
     max_concepts: Annotated[int, typer.Option(min=1, help="The most frequent of each level.")] = 64,
+    together: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Read the dictionaries of a seed whose method begins with this as one, as a "
+            "dictionary for each block; repeatable."
+        ),
+    ] = None,
     probes: Annotated[
         bool, typer.Option("--probes", help="Also fit probes on 1 and 5 features.")
     ] = False,
@@ -57,14 +64,13 @@ def concepts(
     from sae_lens_route.data.python_labels import python_documents
     from sae_lens_route.evals.concepts import recover_concepts
     from sae_lens_route.paper.concept_recovery import (
-        depth_table,
+        RecoveryReport,
         dictionaries_in,
+        read_together,
         readers_of,
-        recovery_table,
     )
     from sae_lens_route.paper.markdown import fill_tables, markdown
-    from sae_lens_route.plots import concept_blocks, concept_recovery, write_figure
-    from sae_lens_route.saes.metadata import routed_blocks
+    from sae_lens_route.plots import write_figure
     from sae_lens_route.splice.language_model import load_model_of
 
     if page is not None and not page.exists():
@@ -80,7 +86,9 @@ def concepts(
             is_test = [False] * len(documents) + [True] * len(others)
             documents = [*documents, *others]
     dictionaries = dictionaries_in(paths, device)
-    sae = dictionaries[0].sae
+    for prefix in together or ():
+        dictionaries = read_together(dictionaries, prefix)
+    sae = dictionaries[0].saes[0]
     model = load_model_of(sae, model_name, device, trust_remote_code)
     tokens = concept_tokens(
         documents, sae, model.tokenizer, is_test=is_test, max_concepts_per_level=max_concepts
@@ -94,7 +102,8 @@ def concepts(
     )
     output = output or paths[0] / "concepts"
     output.mkdir(parents=True, exist_ok=True)
-    recovery, depth = recovery_table(result, dictionaries), depth_table(result, dictionaries)
+    report = RecoveryReport(result, dictionaries)
+    recovery, depth = report.table(), report.depth_table()
     typer.echo(
         f"{len(tokens.concepts)} concepts, {result.n_dev_tokens:,} tokens to choose on, "
         f"{result.n_test_tokens:,} to score on; mean best-feature F1"
@@ -108,11 +117,8 @@ def concepts(
     for scores in content["dictionaries"].values():
         del scores["concepts"]
     files[1].write_text(json.dumps(content, indent=1) + "\n")
-    files += write_figure(concept_recovery(result.dictionaries), output / "recovery")
-    routed = next((each for each in dictionaries if len(routed_blocks(each.sae)) > 1), None)
-    if routed is not None:
-        figure = concept_blocks(result.dictionaries[routed.name])
-        files += write_figure(figure, output / "blocks")
+    for name, figure in report.figures().items():
+        files += write_figure(figure, output / name)
     if page is not None:
         name = output.resolve().name
         fill_tables(page, {name: markdown(*recovery), f"{name}-depth": markdown(*depth)})

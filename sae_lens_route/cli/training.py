@@ -206,6 +206,30 @@ def reproduce(
     feature_tokens: Annotated[
         int, typer.Option(min=1, help="Held-out tokens to find contexts in.")
     ] = 30_000,
+    search_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of each short run that looks for the penalty of a method without k.",
+            show_default="a quarter of the training tokens",
+        ),
+    ] = None,
+    read_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Threshold on activations, as a share of sqrt(d_in).",
+            show_default="0.331, the paper's 15; 0.2 for the demo",
+        ),
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="GB that the dictionaries trained at a time may take.",
+            show_default="three quarters of what is free",
+        ),
+    ] = None,
     judge: Annotated[
         str | None, typer.Option(help="Judge model.", show_default="only the surface score")
     ] = None,
@@ -217,7 +241,13 @@ def reproduce(
     """The paper's tables and figures: every method trained on one stream and evaluated equally."""
     from sae_lens_route.config import RouteSAERunnerConfig
     from sae_lens_route.demo import demo_config
-    from sae_lens_route.paper.methods import DEMO_K, DEMO_OTHER_KS, DEMO_TOKENS
+    from sae_lens_route.paper.methods import (
+        DEMO_K,
+        DEMO_OTHER_KS,
+        DEMO_READ_SHARE,
+        DEMO_TOKENS,
+    )
+    from sae_lens_route.paper.plan import PAPER_SHARE
     from sae_lens_route.paper.reproduction import Reproduction, reproduce
 
     if page is not None and not page.exists():
@@ -225,6 +255,7 @@ def reproduce(
     if config is None:
         cfg = demo_config(output, training_tokens=DEMO_TOKENS)
         k, other_k = k or DEMO_K, list(DEMO_OTHER_KS) if other_k is None else other_k
+        read_share = DEMO_READ_SHARE if read_share is None else read_share
     else:
         cfg = RouteSAERunnerConfig.from_file(config)
         k = k or getattr(cfg.sae, "k", None)
@@ -239,6 +270,9 @@ def reproduce(
         eval_tokens=eval_tokens,
         feature_tokens=feature_tokens,
         output=output,
+        search_tokens=search_tokens,
+        read_share=PAPER_SHARE if read_share is None else read_share,
+        memory=None if memory is None else int(memory * 1e9),
         judge=judge,
         base_url=base_url,
     )

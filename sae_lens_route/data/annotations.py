@@ -20,6 +20,19 @@ _NEW_DOCUMENT = re.compile(r"\s*newdoc\b(?:\s+id\s*=\s*(\S.*))?")
 _NEW_PARAGRAPH = re.compile(r"\s*newpar\b")
 
 
+LEVELS = (
+    "word",
+    "token",
+    "kind",
+    "morphology",
+    "part of speech",
+    "syntax",
+    "context",
+    "document",
+)
+"""Levels of concepts in the order of tables and figures, from the word to what surrounds it."""
+
+
 class Concept(NamedTuple):
     """What an annotation says, such as `("lemma=the", "word")`."""
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sae_lens_route.data.annotations import AnnotatedDocument, Concept
+from sae_lens_route.data.annotations import LEVELS, AnnotatedDocument, Concept
 from sae_lens_route.data.kept_tokens import KeptTokens
 from sae_lens_route.errors import UserError
 
@@ -35,7 +35,8 @@ class ConceptTokens(NamedTuple):
     documents: Int[Tensor, " n"]
     """Index of each context's document."""
     concepts: tuple[Concept, ...]
-    """The last axis of `labels`: levels in order of appearance, in each the most frequent first."""
+    """The last axis of `labels`: levels in the order of `LEVELS`, others last as they appear, in
+    each the most frequent first."""
 
 
 def concept_tokens(
@@ -219,7 +220,11 @@ def _most_frequent(
 ) -> list[int]:
     """Indices of the concepts that occur, level by level, at most `n_per_level` of each."""
     order = sorted(np.flatnonzero(frequency).tolist(), key=lambda i: (-frequency[i], concepts[i]))
-    of_level: dict[str, list[int]] = {concept.level: [] for concept in concepts}
+    levels = dict.fromkeys(concept.level for concept in concepts)
+    known = {level: i for i, level in enumerate(LEVELS)}
+    of_level: dict[str, list[int]] = {
+        level: [] for level in sorted(levels, key=lambda level: known.get(level, len(known)))
+    }
     for i in order:
         of_level[concepts[i].level].append(i)
     return [i for indices in of_level.values() for i in indices[:n_per_level]]

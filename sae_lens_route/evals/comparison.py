@@ -22,7 +22,7 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens_route.data.reading import Text
 from sae_lens_route.errors import UserError
 from sae_lens_route.evals.downstream import DownstreamMetrics
-from sae_lens_route.evals.evaluate import Evaluation, evaluate_all
+from sae_lens_route.evals.evaluate import ContextMeans, Evaluation, evaluate_all
 from sae_lens_route.evals.reconstruction import CrosscoderMetrics, ReconstructionMetrics
 from sae_lens_route.models.kinds import LanguageModel
 from sae_lens_route.records import plain, typed
@@ -73,6 +73,8 @@ class SweepRow:
     reconstruction: ReconstructionMetrics | CrosscoderMetrics
     downstream: DownstreamMetrics | None
     """None under soft routing."""
+    by_context: ContextMeans | None = None
+    """NormMSE and KL of each context; None in results that predate this field."""
 
     @property
     def l0(self) -> float:
@@ -118,6 +120,7 @@ class SweepRow:
     def flat(self) -> dict[str, Cell]:
         """One value for each column of the flat table; `blocks` is text such as "2 5 9"."""
         nested = self.to_dict()
+        del nested["by_context"]
         parts = [nested.pop(name) or {} for name in ("settings", "reconstruction", "downstream")]
         columns: dict[str, Cell] = {**nested, "blocks": " ".join(map(str, self.blocks))}
         for part in parts:
@@ -207,6 +210,7 @@ def _row(name: str, entry: SweepEntry, sae: SAE[Any], evaluation: Evaluation) ->
         settings=SweepSettings.of(entry.sae),
         reconstruction=evaluation.reconstruction,
         downstream=evaluation.downstream,
+        by_context=evaluation.by_context,
     )
 
 

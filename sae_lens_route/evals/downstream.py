@@ -113,8 +113,8 @@ class DownstreamSums:
         streams: Float[Tensor, "batch pos L d"],
         kept: Bool[Tensor, "batch pos"],
         clean: CleanPass,
-    ) -> None:
-        """Splice and ablate at the kept tokens of a batch.
+    ) -> Float[Tensor, "batch pos"]:
+        """Splice and ablate at the kept tokens of a batch; returns the KL of each, 0 elsewhere.
 
         Args:
             streams: The clean residual streams that the SAE reads, on its device.
@@ -150,6 +150,7 @@ class DownstreamSums:
             ce_spliced=spliced.ce[is_target].sum(),
             ce_ablated=ablated.ce[is_target].sum(),
         )
+        return spliced.kl * kept
 
     def metrics(self) -> DownstreamMetrics:
         """Metrics of all tokens added so far; a `UserError` if there were none."""

@@ -38,6 +38,18 @@ from sae_lens_route.saes.routed import RoutedSAEMixin, uniform_draws, with_route
 from sae_lens_route.splice import attach
 
 
+class ContextMeans(NamedTuple):
+    """Means over the kept tokens of each context, in the order they were read.
+
+    Over them, and over seeds, an interval says how far a mean depends on the text.
+    """
+
+    n_tokens: list[int]
+    norm_mse: list[float]
+    kl: list[float] | None
+    """Null where there is no splice."""
+
+
 class Evaluation(NamedTuple):
     """Everything measured of one RouteSAE or crosscoder on one text."""
 
@@ -48,6 +60,8 @@ class Evaluation(NamedTuple):
     downstream_unscaled: DownstreamMetrics | None
     """The same without p on either side of the SAE: the convention of the paper's code. Null under
     soft routing, for a crosscoder, and when not requested."""
+    by_context: ContextMeans | None = None
+    """NormMSE and KL of each context; null in results that predate this field."""
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries, for JSON."""
@@ -138,17 +152,24 @@ class _EvaluationSums:
             for convention in conventions
             if not is_soft(sae)
         }
+        self.by_context: dict[str, list[torch.Tensor]] = {"tokens": [], "norm_mse": [], "kl": []}
 
     def add(self, batch: ActivationBatch, clean: CleanPass | None) -> None:
         streams = batch.of(self.sae)
         kept = batch.kept.to(streams.device)
         routes = self.draws(batch.tokens.shape)
         with with_routes(self.sae, None if routes is None else routes[kept]):
-            self.reconstruction.add(streams[kept])
+            error = self.reconstruction.add(streams[kept])
+        in_place = torch.zeros(kept.shape, dtype=torch.float64, device=kept.device)
+        in_place[kept] = error.double()
+        self.by_context["tokens"].append(kept.sum(1))
+        self.by_context["norm_mse"].append(in_place.sum(1))
         with with_routes(self.sae, routes):
-            for sums in self.downstream.values():
+            for convention, sums in self.downstream.items():
                 assert clean is not None
-                sums.add(streams, batch.kept, clean)
+                kl = sums.add(streams, batch.kept, clean)
+                if not convention:
+                    self.by_context["kl"].append(kl.sum(1))
 
     def evaluation(self) -> Evaluation:
         scaled, unscaled = self.downstream.get(False), self.downstream.get(True)
@@ -156,7 +177,18 @@ class _EvaluationSums:
             self.reconstruction.metrics(),
             None if scaled is None else scaled.metrics(),
             None if unscaled is None else unscaled.metrics(),
+            self._context_means(),
         )
+
+    def _context_means(self) -> ContextMeans:
+        totals = {name: torch.cat(parts).cpu() for name, parts in self.by_context.items() if parts}
+        n_tokens = totals.pop("tokens")
+        known = n_tokens > 0
+        means = {
+            name: [round(value, 6) for value in (total[known] / n_tokens[known]).tolist()]
+            for name, total in totals.items()
+        }
+        return ContextMeans(n_tokens[known].tolist(), means["norm_mse"], means.get("kl"))
 
 
 def saelens_metrics(

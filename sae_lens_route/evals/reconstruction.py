@@ -1,9 +1,8 @@
 """How well an SAE reconstructs, and how well its router chooses, from activations alone.
 
-The core of `reconstruction_metrics` is one table per batch: the error of every token at every
-routed block, had the token been sent there with the weight it was given. The error under the
-trained routing, under a random router, at any fixed block and under the best possible choice all
-come from that table, so they compare the same dictionary on the same tokens.
+For one token in four there is a table: its error at every routed block, had it been sent there with
+the weight it was given. The error at any fixed block, under a random router and under the best
+possible choice come from that table, so they compare the same dictionary on the same tokens.
 """
 
 from __future__ import annotations
@@ -22,9 +21,13 @@ from sae_lens_route.saes.loss import norm_mse
 from sae_lens_route.saes.metadata import routed_blocks
 from sae_lens_route.saes.reconstruct import reconstruct_and_count
 from sae_lens_route.saes.routed import RoutedSAEMixin
+from sae_lens_route.saes.router import Routing
 
 DENSE_SHARE = 0.1
 """Share of the tokens above which a feature is dense."""
+
+COMPARED = 4
+"""One token in so many is reconstructed at every block, for what other blocks would give."""
 
 
 class ReconstructionMetrics(NamedTuple):
@@ -54,7 +57,8 @@ class ReconstructionMetrics(NamedTuple):
     norm_mse_by_block: dict[int, float | None]
     """NormMSE of the tokens routed to each block; null where there were none."""
     norm_mse_fixed_block: dict[int, float]
-    """NormMSE had every token been routed to that one block."""
+    """NormMSE had every token been routed to that one block: this and what follows from it is
+    measured on one token in four (`COMPARED`)."""
     norm_mse_uniform: float
     """NormMSE had blocks been drawn uniformly for each token: the mean of the fixed blocks'."""
     norm_mse_matched: float
@@ -62,7 +66,8 @@ class ReconstructionMetrics(NamedTuple):
     norm_mse_best: float
     """NormMSE had each token been routed to the block where its error is least."""
     regret: float | None
-    """norm_mse - norm_mse_best; null under soft routing, which chooses no single block."""
+    """NormMSE of the same tokens - norm_mse_best; null under soft routing, which chooses no single
+    block."""
     dense_features: int | None = None
     """Features active on more than 10 % of the tokens; null in results that predate this field."""
 
@@ -120,17 +125,20 @@ class ReconstructionSums:
 
     def __init__(self, sae: RoutedSAEMixin) -> None:
         self.sae, self.blocks = sae, routed_blocks(sae)
-        self.n, self.totals = 0, Totals()
+        self.n, self.n_compared, self.totals = 0, 0, Totals()
 
-    def add(self, x: Float[Tensor, "tokens L d"]) -> None:
-        """Add a batch of residual streams of kept tokens."""
+    def add(self, x: Float[Tensor, "tokens L d"]) -> Float[Tensor, " tokens"]:
+        """Add a batch of residual streams of kept tokens; returns the NormMSE of each."""
         routing = self.sae.route(x)
         x_hat, fired = reconstruct_and_count(self.sae, routing.x_route)
-        errors = self.sae.route_errors(x, routing)
+        # from batch to batch, the first token to compare moves on as if they were one
+        compared = slice(-self.n % COMPARED, None, COMPARED)
+        errors = self.sae.route_errors(x[compared], Routing(*(part[compared] for part in routing)))
         error = norm_mse(x_hat, routing.x_route)
         chosen = torch.nn.functional.one_hot(routing.route, x.shape[-2]).to(torch.float64)
         top = routing.probs.topk(min(2, x.shape[-2]), dim=-1).values
         self.n += len(x)
+        self.n_compared += len(errors)
         self.totals.add(
             error=error.sum(),
             squared_error=(routing.x_route - x_hat).pow(2).sum(),
@@ -142,19 +150,23 @@ class ReconstructionSums:
             weight=routing.weight.sum(),
             margin=(top[..., 0] - top[..., -1]).sum(),
             routed_error=(chosen * error.unsqueeze(-1)).sum(0),
+            compared_error=error[compared].sum(),
             fixed_error=errors.sum(0),
             best_error=errors.min(-1).values.sum(),
         )
+        return error
 
     def metrics(self) -> ReconstructionMetrics:
         """Metrics of all tokens added so far; a `UserError` if there were none."""
         require_tokens(self.n)
-        n, totals = self.n, self.totals
-        share, fixed = totals["routed"] / n, totals["fixed_error"] / n
-        norm_mse, best = float(totals["error"] / n), float(totals["best_error"] / n)
+        n, n_compared, totals = self.n, self.n_compared, self.totals
+        share, fixed = totals["routed"] / n, totals["fixed_error"] / n_compared
+        best, compared = (
+            float(totals[name] / n_compared) for name in ("best_error", "compared_error")
+        )
         return ReconstructionMetrics(
             n_tokens=n,
-            norm_mse=norm_mse,
+            norm_mse=float(totals["error"] / n),
             explained_variance=_explained_variance(n, totals),
             l0=float(totals["fired"].sum() / n),
             dead_features=int((totals["fired"] == 0).sum()),
@@ -168,7 +180,7 @@ class ReconstructionSums:
             norm_mse_uniform=float(fixed.mean()),
             norm_mse_matched=float((share * fixed).sum()),
             norm_mse_best=best,
-            regret=None if is_soft(self.sae) else norm_mse - best,
+            regret=None if is_soft(self.sae) else compared - best,
             dense_features=_n_dense(n, totals),
         )
 
@@ -180,19 +192,21 @@ class CrosscoderSums:
         self.sae, self.blocks = sae, routed_blocks(sae)
         self.n, self.totals = 0, Totals()
 
-    def add(self, x: Float[Tensor, "tokens L d"]) -> None:
-        """Add a batch of residual streams of kept tokens."""
+    def add(self, x: Float[Tensor, "tokens L d"]) -> Float[Tensor, " tokens"]:
+        """Add a batch of residual streams of kept tokens; returns the NormMSE of each."""
         h = self.sae.concat_blocks(x)
         h_hat, fired = reconstruct_and_count(self.sae, h)
         row_per_block = (len(x), len(self.blocks), -1)
         self.n += len(x)
+        error = norm_mse(h_hat.view(row_per_block), h.view(row_per_block))
         self.totals.add(
-            error=norm_mse(h_hat.view(row_per_block), h.view(row_per_block)).sum(0),
+            error=error.sum(0),
             squared_error=(h - h_hat).pow(2).sum(),
             x=h.sum(0),
             x_squared=h.pow(2).sum(),
             fired=fired,
         )
+        return error.mean(-1)
 
     def metrics(self) -> CrosscoderMetrics:
         """Metrics of all tokens added so far; a `UserError` if there were none."""

@@ -1,7 +1,7 @@
 """Features of every dictionary over the same held-out text, read in one pass.
 
-Activations are taken in the units of n(x), from x_route without p: otherwise one threshold would
-not suit methods whose p differ. A crosscoder's are those of its concatenated blocks.
+Activations are in units of n(x) (`saes/units.py`): otherwise one threshold would not suit methods
+whose p differ. A crosscoder's are those of its concatenated blocks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_route.data.reading import activation_batches
+from sae_lens_route.data.reading import Text, activation_batches
 from sae_lens_route.features.contexts import ContextCollector
 from sae_lens_route.features.judge import Judge
 from sae_lens_route.features.surface_score import surface_ranking
@@ -25,18 +25,19 @@ from sae_lens_route.models.kinds import LanguageModel, tokenizer_of
 from sae_lens_route.paper.methods import ASSIGNMENT, ROUTE, shown_in
 from sae_lens_route.paper.plan import Reproduction, Run
 from sae_lens_route.paper.results import (
-    READ_SHARE,
-    THRESHOLD_SHARES,
     FeatureCounts,
     FeatureDepth,
     Features,
     Kind,
     ShownFeature,
+    counted_shares,
 )
+from sae_lens_route.paper.steering_example import steering_example
 from sae_lens_route.saes.kinds import is_crosscoder
 from sae_lens_route.saes.metadata import routed_blocks
 from sae_lens_route.saes.routed import RoutedSAEMixin, uniform_draws, with_routes
-from sae_lens_route.saes.router import normalize
+from sae_lens_route.saes.router import Routing, normalize
+from sae_lens_route.saes.units import in_units
 
 _MIN_CONTEXTS = 8
 """Contexts that a feature needs to have a depth worth comparing."""
@@ -49,48 +50,64 @@ _SHOWN_CONTEXTS = 3
 
 @torch.no_grad()
 def read_features(
-    reproduction: Reproduction, model: LanguageModel, saes: Mapping[Run, SAE[Any]]
+    reproduction: Reproduction, model: LanguageModel, text: Text, saes: Mapping[Run, SAE[Any]]
 ) -> Features:
     """Interpretable features of every dictionary with their scores, and their blocks (Figure 1).
 
     Args:
-        reproduction: Text, number of tokens, judge.
+        reproduction: Number of tokens, threshold, judge.
         model: The model the SAEs were trained on.
-        saes: Trained SAEs, among them the assignment router's of the first seed.
+        text: What is read.
+        saes: Trained SAEs. Blocks are those of the assignment router's of the first seed, and there
+            are none if it is not among them.
     """
-    norm = reproduction.cfg.sae.d_in**0.5
-    options = ContextOptions(READ_SHARE * norm, tuple(share * norm for share in THRESHOLD_SHARES))
+    norm, read_share = reproduction.cfg.sae.d_in**0.5, reproduction.read_share
+    thresholds = tuple(share * norm for share in counted_shares(read_share))
+    options = ContextOptions(read_share * norm, thresholds)
     collectors = {
         run: ContextCollector.of(sae, tokenizer_of(model), options) for run, sae in saes.items()
     }
     draws = {run: uniform_draws(sae) for run, sae in saes.items()}
     shown = Run(ASSIGNMENT.label, reproduction.k, reproduction.seeds[0])
-    by_block = _ActivationByBlock(saes[shown])
+    by_block = _ActivationByBlock(saes[shown]) if shown in saes else None
+    beginning = ""
     batches = activation_batches(
         model,
         list(saes.values()),
-        reproduction.eval_dataset,
+        text,
         max_tokens=reproduction.feature_tokens,
         description="reading features",
     )
     for batch in batches:
+        beginning = beginning or _decoded(model, batch.tokens[0])
         for run, sae in saes.items():
             streams = batch.of(sae)
             with with_routes(sae, draws[run](batch.tokens.shape)):
                 read = _read(sae, streams)
             collectors[run].add(batch.tokens, read.acts, read.route, read.weight, batch.kept)
-            if run == shown:
+            if by_block is not None and run == shown:
                 by_block.add(streams, read.acts, batch.kept)
     counts = [
         _counts(reproduction, run, collector)
         for run, collector in tqdm(collectors.items(), "ranking features")
     ]
-    return Features(counts, *_blocks_of_features(collectors[shown].table(), by_block))
+    if by_block is None:
+        return Features(counts, [], [], [])
+    table = collectors[shown].table()
+    example = steering_example(model, by_block.sae, table, beginning)
+    steering = [] if example is None else [example]
+    return Features(counts, *_blocks_of_features(table, by_block), steering)
+
+
+def _decoded(model: LanguageModel, tokens: Int[Tensor, " pos"]) -> str:
+    """Text of a context, without special tokens."""
+    tokenizer: Any = tokenizer_of(model)
+    return tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
 
 
 class _Read(NamedTuple):
     acts: Float[Tensor, "batch pos d_sae"]
-    """In the units of n(x)."""
+    """In units of n(x)."""
     route: Int[Tensor, "batch pos"]
     weight: Float[Tensor, "batch pos"]
 
@@ -106,16 +123,15 @@ def _read(sae: SAE[Any], streams: Float[Tensor, "batch pos L d"]) -> _Read:
         return _Read(acts, route, torch.ones_like(acts[..., 0]))
     assert isinstance(sae, RoutedSAEMixin)
     routing = sae.route(streams)
-    x_route = routing.x_route
-    if sae.cfg.routing != "soft":  # under soft routing x_route is in the units of n(x) already
-        x_route = x_route / routing.weight.unsqueeze(-1)
-    return _Read(sae.encode(x_route), routing.route, routing.weight)
+    acts = in_units(sae.encode(routing.x_route), routing, sae)
+    return _Read(acts, routing.route, routing.weight)
 
 
 class _ActivationByBlock:
     """How strongly features would fire at every block, on the tokens they fire on (Figure 1)."""
 
     def __init__(self, sae: SAE[Any]) -> None:
+        assert isinstance(sae, RoutedSAEMixin)
         self.sae, self.blocks = sae, routed_blocks(sae)
         self.sums = torch.zeros(sae.cfg.d_sae, len(self.blocks), device=sae.W_dec.device)
 
@@ -127,8 +143,12 @@ class _ActivationByBlock:
     ) -> None:
         kept = kept.to(acts.device)
         fired = (acts > 0)[kept]
+        # at every block with the weight of the one that was chosen, as in `route_errors`
+        routing = Routing(*(part[kept] for part in self.sae.route(streams)))
+        weight = routing.weight.unsqueeze(-1)
         for route, stream in enumerate(streams.unbind(-2)):
-            self.sums[:, route] += (self.sae.encode(normalize(stream[kept])) * fired).sum(0)
+            there = self.sae.encode(weight * normalize(stream[kept]))
+            self.sums[:, route] += (in_units(there, routing, self.sae) * fired).sum(0)
 
     def means(self, profile: FeatureProfile) -> dict[int, float]:
         """Of one feature, by block."""
@@ -168,6 +188,7 @@ def _blocks_of_features(
 def _counts(reproduction: Reproduction, run: Run, collector: ContextCollector) -> FeatureCounts:
     table = collector.table()
     counts = table.run.counts
+    thresholds = [count.threshold for count in counts]
     profiles = [table.profile(feature) for feature in table.interpretable]
     scored = {table.run.options.threshold: _mean_surface_score(table)}
     if run.method == ROUTE.label and run.seed == reproduction.seeds[0]:  # Figure 5 b
@@ -175,7 +196,8 @@ def _counts(reproduction: Reproduction, run: Run, collector: ContextCollector) -
         scored |= {at: _mean_surface_score(collector.table(at)) for at in others}
     return FeatureCounts(
         run=run,
-        thresholds=[count.threshold for count in counts],
+        thresholds=thresholds,
+        read_at=counted_shares(reproduction.read_share).index(reproduction.read_share),
         n_features=[count.n_features for count in counts],
         surface_scores=[scored.get(count.threshold) for count in counts],
         judge_score=_judge_score(reproduction, run, table),

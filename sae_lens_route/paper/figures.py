@@ -42,7 +42,7 @@ def figures(result: ReproductionResult) -> dict[str, go.Figure]:
         "features_by_sparsity": _tradeoff(
             result, lambda _, counts: float(counts.n_read), "Interpretable features"
         ),
-        "scores_by_sparsity": _tradeoff(result, lambda _, counts: counts.score, "Score"),
+        **_scores_by_sparsity(result),
         "features_by_threshold": threshold_curves(shown, "Interpretable features"),
         "route_features_by_threshold": threshold_curves(route_features, "Interpretable features"),
         "route_scores_by_threshold": threshold_curves(route_scores, "Surface score"),
@@ -55,6 +55,15 @@ def figures(result: ReproductionResult) -> dict[str, go.Figure]:
             ]
         ),
     }
+
+
+def _scores_by_sparsity(result: ReproductionResult) -> dict[str, go.Figure]:
+    """The judge's scores, if one was asked, and the surface scores: never in one figure."""
+    surface = _tradeoff(result, lambda _, counts: counts.surface_score, "Surface score")
+    if all(counts.judge_score is None for counts in result.features.counts):
+        return {"scores_by_sparsity": surface}
+    judge = _tradeoff(result, lambda _, counts: counts.judge_score, "Judge's score")
+    return {"scores_by_sparsity": surface, "judge_scores_by_sparsity": judge}
 
 
 def write_figures(result: ReproductionResult, folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ router also has a random twin with its shares of the tokens ("share_matched").
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,12 @@ from sae_lens_route.paper.methods import METHODS, Method, Target
 from sae_lens_route.training.entries import SweepEntry, expand_runs
 
 Stage = Literal["main", "sparsity", "differences", "share_matched"]
+
+PAPER_SHARE = 0.331
+"""The paper's threshold of 15 on activations, as a share of sqrt(d_in) of its model."""
+
+Penalties = Mapping[tuple[str, int], float]
+"""By a method's label and the k it aims at."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ class Settings:
     lr: float
     eval_tokens: int
     feature_tokens: int
+    read_share: float
+    search_tokens: int
     torch: str
 
 
@@ -74,10 +82,16 @@ class Reproduction:
         k: Sparsity of the main comparison.
         other_ks: Further sparsities, for the methods of the trade-off figures, with one seed.
         seeds: Seeds of the main comparison.
-        eval_dataset: Held-out text.
+        eval_dataset: Held-out text; the tables read the half of it that no choice was made on.
         eval_tokens: Tokens of it to evaluate on.
         feature_tokens: Tokens of it to read features on.
         output: Folder for everything.
+        search_tokens: Training tokens of each dictionary in the search for penalties; None takes a
+            quarter of the run's.
+        read_share: Threshold above which activations are contexts, as a share of sqrt(d_in). The
+            paper's 15 is 0.331.
+        memory: Bytes that the dictionaries of a group may take in training; None takes three
+            quarters of what is free on the device.
         judge: Model that scores features through an OpenAI-compatible endpoint; None leaves only
             the surface score.
         base_url: That endpoint.
@@ -91,6 +105,9 @@ class Reproduction:
     eval_tokens: int
     feature_tokens: int
     output: Path
+    search_tokens: int | None = None
+    read_share: float = PAPER_SHARE
+    memory: int | None = None
     judge: str | None = None
     base_url: str | None = None
 
@@ -111,8 +128,16 @@ class Reproduction:
             lr=cfg.lr,
             eval_tokens=self.eval_tokens,
             feature_tokens=self.feature_tokens,
+            read_share=self.read_share,
+            search_tokens=self.search_steps * cfg.step_tokens,
             torch=torch.__version__,
         )
+
+    @property
+    def search_steps(self) -> int:
+        """Training steps of each dictionary in the search for penalties."""
+        tokens = self.search_tokens or self.cfg.total_training_steps * self.cfg.step_tokens // 4
+        return max(1, tokens // self.cfg.step_tokens)
 
     def runs(self) -> list[Run]:
         """All runs except the twins, whose shares are not known before the routers are trained."""
@@ -129,18 +154,33 @@ class Reproduction:
         ]
 
 
-def sweep_entries(runs: Iterable[Run], cfg: RouteSAERunnerConfig) -> dict[Run, SweepEntry]:
+def sweep_entries(
+    runs: Iterable[Run], cfg: RouteSAERunnerConfig, penalties: Penalties
+) -> dict[Run, SweepEntry]:
     """The sweep entry of each run.
 
     Args:
         runs: Runs of the methods in `METHODS`.
         cfg: Configuration of the sweep, resolved against the model.
+        penalties: Of the methods that do not take k.
     """
-    methods: dict[str, Method] = {method.label: method for method in METHODS}
-    entries = {}
-    for run in runs:
-        blocks = tuple(cfg.routed_blocks or ())
-        target = Target(run.k, cfg.sae.d_in, blocks, cfg.total_training_steps)
-        settings = {"d_sae": cfg.sae.d_sae, **methods[run.method].settings(target)}
-        (entries[run],) = expand_runs({run.method: settings}, cfg.sae.d_in, [run.seed]).values()
-    return entries
+    methods = {method.label: method for method in METHODS}
+    return {
+        run: sweep_entry(methods[run.method], run, cfg, penalties.get((run.method, run.k)))
+        for run in runs
+    }
+
+
+def sweep_entry(
+    method: Method, run: Run, cfg: RouteSAERunnerConfig, penalty: float | None
+) -> SweepEntry:
+    """The entry of one run, with a penalty if its method takes one."""
+    target = target_of(cfg, run.k)._replace(penalty=penalty)
+    settings = {"d_sae": cfg.sae.d_sae, **method.settings(target)}
+    (entry,) = expand_runs({run.method: settings}, cfg.sae.d_in, [run.seed]).values()
+    return entry
+
+
+def target_of(cfg: RouteSAERunnerConfig, k: int) -> Target:
+    """What a method of the run aims at."""
+    return Target(k, cfg.sae.d_in, tuple(cfg.routed_blocks or ()), cfg.total_training_steps)

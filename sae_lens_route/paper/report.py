@@ -23,14 +23,20 @@ from sae_lens_route.paper.methods import (
 )
 from sae_lens_route.paper.plan import Stage
 from sae_lens_route.paper.results import (
-    READ_SHARE,
-    THRESHOLD_SHARES,
     FeatureCounts,
     ReproductionResult,
     Trained,
+    counted_shares,
     of_method,
 )
-from sae_lens_route.paper.statistics import Metric, at_shares, interval, metric_of, routing_gain
+from sae_lens_route.paper.statistics import (
+    Metric,
+    at_shares,
+    interval,
+    metric_interval,
+    metric_of,
+    routing_gain,
+)
 
 PAPER_MODEL, PAPER_D_SAE = "Llama-3.2-1B-Instruct", 16_384
 
@@ -64,6 +70,7 @@ def tables(result: ReproductionResult) -> dict[str, str]:
         "paper": _paper_table(result),
         "feature-blocks": _feature_blocks_table(result),
         "depth": _depth_table(result),
+        "steering": _steering_table(result),
     }
 
 
@@ -71,6 +78,13 @@ def _over_seeds(values: Iterable[float | None], form: str = ".3f") -> str:
     """Mean ± half width of the known values; a dash without any."""
     known = [value for value in values if value is not None]
     return interval(known).show(form) if known else "-"
+
+
+def _with_text(runs: Sequence[SweepRow], metric: Metric) -> str:
+    """A metric with its interval over seeds and text; a dash where it does not exist."""
+    if any(getattr(row, metric) is None for row in runs):
+        return "-"
+    return metric_interval(runs, metric).show()
 
 
 def _number(value: float | None, form: str) -> str:
@@ -91,9 +105,9 @@ def routers_table(trained: Sequence[Trained]) -> str:
     rows = []
     for method in shown_in("routers"):
         runs, twins = (_rows(trained, method, stage) for stage in ("main", "share_matched"))
-        cells = [method.label, *(_over_seeds(getattr(row, m) for row in runs) for m in _METRICS)]
+        cells = [method.label, *(_with_text(runs, metric) for metric in _METRICS)]
         if method.has_twin:
-            cells += [_over_seeds(getattr(row, m) for row in twins) for m in _METRICS]
+            cells += [_with_text(twins, metric) for metric in _METRICS]
             cells += [routing_gain(runs, twins, metric).show(".1%") for metric in _METRICS]
         else:
             cells += ["-"] * 4
@@ -119,6 +133,12 @@ def _shares_table(result: ReproductionResult) -> str:
     return markdown(["method", "seed", *(f"block {block}" for block in blocks)], rows)
 
 
+def _dense(runs: Iterable[SweepRow]) -> str:
+    """Features that fire on more than 10 % of the tokens."""
+    counts = (row.reconstruction.dense_features for row in runs)
+    return _over_seeds((None if n is None else float(n) for n in counts), ".0f")
+
+
 def _loss_recovered(row: SweepRow) -> float | None:
     return None if row.downstream is None else row.downstream.loss_recovered
 
@@ -130,17 +150,17 @@ def _methods_table(result: ReproductionResult) -> str:
             len(runs),
             f"{runs[0].n_parameters:,}",
             _over_seeds((row.l0 for row in runs), ".1f"),
-            _over_seeds(row.norm_mse for row in runs),
-            _over_seeds(row.kl for row in runs),
+            *(_with_text(runs, metric) for metric in _METRICS),
             _over_seeds(_loss_recovered(row) for row in runs),
             _over_seeds((float(row.reconstruction.dead_features) for row in runs), ".0f"),
+            _dense(runs),
             _over_seeds((row.route_weight for row in runs), ".2f"),
         ]
         for method in METHODS
         if (runs := _rows(result.trained, method, "main"))
     ]
     header = ["method", "seeds", "parameters", "L0", "NormMSE", "KL", "loss recovered"]
-    return markdown([*header, "dead features", "mean p"], rows)
+    return markdown([*header, "dead features", "dense features", "mean p"], rows)
 
 
 def _sparsity_table(result: ReproductionResult, exhibit: Exhibit) -> str:
@@ -151,14 +171,20 @@ def _sparsity_table(result: ReproductionResult, exhibit: Exhibit) -> str:
             f"{trained.row.l0:.1f}",
             f"{trained.row.norm_mse:.3f}",
             _number(trained.row.kl, ".3f"),
+            _dense([trained.row]),
             features.n_read,
-            _number(features.score, ".3f"),
+            _number(features.surface_score, ".3f"),
+            _number(features.judge_score, ".3f"),
         ]
         for method in shown_in(exhibit)
         for trained, features in result.at_sparsities(method)
     ]
-    header = ["method", "k aimed at", "L0", "NormMSE", "KL"]
-    return markdown([*header, f"features above {READ_SHARE:g} sqrt d", "score"], rows)
+    header = ["method", "k aimed at", "L0", "NormMSE", "KL", "dense features", _read_title(result)]
+    return markdown([*header, "surface score", "judge's score"], rows)
+
+
+def _read_title(result: ReproductionResult) -> str:
+    return f"features above {result.settings.read_share:g} sqrt d"
 
 
 def _differences_table(result: ReproductionResult) -> str:
@@ -166,7 +192,8 @@ def _differences_table(result: ReproductionResult) -> str:
     route = {row.seed: row for row in _rows(result.trained, ROUTE, "main")}
     rows = []
     for method in shown_in("differences"):
-        runs = _rows(result.trained, method, "main", "differences")
+        if not (runs := _rows(result.trained, method, "main", "differences")):
+            continue
         cells = [method.label]
         for metric in _METRICS:
             values = [metric_of(row, metric) for row in runs]
@@ -178,10 +205,10 @@ def _differences_table(result: ReproductionResult) -> str:
         dead_features = [float(row.reconstruction.dead_features) for row in runs]
         cells.append(_over_seeds(last_shares, ".2f"))
         cells.append(_over_seeds((row.route_weight for row in runs), ".2f"))
-        cells.append(_over_seeds(dead_features, ".0f"))
+        cells += [_over_seeds(dead_features, ".0f"), _dense(runs)]
         rows.append(cells)
     header = ["variant", "NormMSE", "change", "KL", "change", "share of its last block", "mean p"]
-    return markdown([*header, "dead features"], rows)
+    return markdown([*header, "dead features", "dense features"], rows)
 
 
 def _context_rules_table(result: ReproductionResult) -> str:
@@ -207,7 +234,8 @@ def _features_table(result: ReproductionResult) -> str:
             cells.append(_over_seeds(counts.surface_score for counts in runs))
             cells.append(_over_seeds(counts.judge_score for counts in runs))
             rows.append([method.label, *cells])
-    header = ["method", *(f"features above {share:g} sqrt d" for share in THRESHOLD_SHARES)]
+    shares = counted_shares(result.settings.read_share)
+    header = ["method", *(f"features above {share:g} sqrt d" for share in shares)]
     return markdown([*header, "surface score", "judge's score"], rows)
 
 
@@ -220,11 +248,16 @@ def _by_seed(result: ReproductionResult, method: Method, measure: _Measure) -> d
 
 
 def _claims_table(result: ReproductionResult) -> str:
-    """Features and score over those of TopK, the single-layer baseline with the same L0."""
-    measures: dict[str, _Measure] = {
-        f"features above {READ_SHARE:g} sqrt d": lambda counts: float(counts.n_read),
-        "surface score": lambda counts: counts.surface_score,
-    }
+    """Features and score over those of TopK, the single-layer baseline with the same L0.
+
+    The score is the judge's; without a judge it is the surface score, which is not the paper's.
+    """
+    judged = any(counts.judge_score is not None for counts in result.features.counts)
+    measures: dict[str, _Measure] = {_read_title(result): lambda counts: float(counts.n_read)}
+    if judged:
+        measures["judge's score"] = lambda counts: counts.judge_score
+    else:
+        measures["surface score"] = lambda counts: counts.surface_score
     rows = []
     for title, measure in measures.items():
         base = _by_seed(result, TOPK, measure)
@@ -304,9 +337,29 @@ def _depth_table(result: ReproductionResult) -> str:
     return markdown(header, [[len(depths), *cells, f"{deeper.pvalue:.2g}"]])
 
 
+def _steering_table(result: ReproductionResult) -> str:
+    """Figure 10: the steering that a rule chose, line by line."""
+    rows = []
+    for example in result.features.steering:
+        size = f"at most {example.largest_size:.2f} of the stream's norm"
+        rows += [
+            ["feature", f"{example.feature}, which fires on {', '.join(example.words)}"],
+            ["edit", f"`{example.edit}`, {size}"],
+            ["prompt", f"`{_one_line(example.prompt)}`"],
+            ["clean", f"`{_one_line(example.clean_text)}`"],
+            ["steered", f"`{_one_line(example.steered_text)}`"],
+            ["uses of its words", f"{example.n_clean} clean, {example.n_steered} steered"],
+        ]
+    return markdown(["part", "steering"], rows or [["none", "no candidate passed the rule"]])
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()).replace("|", "&#124;").replace("`", "'")
+
+
 def _cell(text: str, width: int = 90) -> str:
     """One line of text for a table cell, cut to the surroundings of the activated token."""
-    text = " ".join(text.split()).replace("|", "&#124;").replace("`", "'")
+    text = _one_line(text)
     start = max(0, text.find(OPEN) - width // 2)
     end = max(start + width, text.find(CLOSE) + len(CLOSE) + width // 4)
     return ("…" if start else "") + text[start:end] + ("…" if end < len(text) else "")

@@ -1,14 +1,17 @@
 """The paper's experiments on one model, in one command.
 
-1. *Train.* Every method on one stream of activations, a few seeds each: the main comparison,
+1. *Search.* The penalties that bring methods without k to the wanted L0, on training text.
+2. *Train.* Every method on one stream of activations, a few seeds each: the main comparison,
    further sparsities, and variants of the RouteSAE where the paper and its code differ.
-2. *Match.* For every router a random twin with the same share of the tokens per block, trained in a
+3. *Match.* For every router a random twin with the same share of the tokens per block, trained in a
    second sweep: the value of a partition of the tokens beyond its shares (`routing_gain`).
-3. *Read.* Contexts of every method's features over the same text, and their surface score.
-4. *Write.* `reproduction.json` holds all numbers; the marked tables of a Markdown page are
+4. *Read.* Contexts of every method's features over the same text, and their surface score.
+5. *Write.* `reproduction.json` holds all numbers; the marked tables of a Markdown page are
    rewritten from it, and figures are written as HTML and SVG.
 
-Each stage leaves its results on disk; a finished stage is not repeated.
+Each stage leaves its results on disk, and trains in groups that fit in memory (`stages.py`): what
+is finished is not repeated, and an interrupted group resumes. Tables are made on the half of the
+held-out text that no choice was made on (`held_out.py`).
 """
 
 from __future__ import annotations
@@ -17,22 +20,25 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any
 
 from sae_lens import SAE
 
+from sae_lens_route.data.reading import Text
 from sae_lens_route.errors import UserError
-from sae_lens_route.evals.comparison import SweepResult, evaluate_sweep
 from sae_lens_route.evals.evaluate import evaluate
 from sae_lens_route.models.kinds import LanguageModel
 from sae_lens_route.models.load import load_model
 from sae_lens_route.paper.feature_stage import read_features
 from sae_lens_route.paper.figures import write_figures
+from sae_lens_route.paper.held_out import split_held_out
 from sae_lens_route.paper.markdown import fill_tables
 from sae_lens_route.paper.methods import METHODS, shown_in
+from sae_lens_route.paper.penalties import find_penalties
 from sae_lens_route.paper.plan import Reproduction, Run, Settings, sweep_entries
 from sae_lens_route.paper.report import tables
 from sae_lens_route.paper.results import (
@@ -43,20 +49,9 @@ from sae_lens_route.paper.results import (
     TrainingShares,
     of_method,
 )
-from sae_lens_route.records import plain, typed
-from sae_lens_route.training.checkpoint import newest_checkpoint
+from sae_lens_route.paper.stages import Group, cached, groups_of
+from sae_lens_route.records import plain
 from sae_lens_route.training.entries import SweepEntry
-from sae_lens_route.training.sweep import SweepRunner
-from sae_lens_route.training.trainer import TRAIN_LOG_FILENAME
-
-Numbers = TypeVar("Numbers")
-
-
-class _Sweep(NamedTuple):
-    """A finished sweep."""
-
-    trained: list[Trained]
-    saes: dict[Run, SAE[Any]]
 
 
 def reproduce(
@@ -75,6 +70,7 @@ def reproduce(
     started = time.perf_counter()
     output, cfg = reproduction.output, reproduction.cfg
     output.mkdir(parents=True, exist_ok=True)
+    text = split_held_out(reproduction.eval_dataset).test
     if model is None:
         model = load_model(
             cfg.model_name,
@@ -85,29 +81,40 @@ def reproduce(
     cfg.resolve(model)
     settings = reproduction.settings()
     _require_same_settings(output, settings)
-    entries = sweep_entries(reproduction.runs(), cfg)
-    sweep = _sweep(reproduction, model, "methods", entries)
-    twins = _sweep(reproduction, model, "share-matched", share_matched(entries, sweep.trained))
-    read = {run: sae for run, sae in sweep.saes.items() if run.stage != "differences"}
-    features = _cached(
-        output / "features.json", Features, lambda: read_features(reproduction, model, read)
-    )
-    unscaled = _cached(
+
+    def trained(stage: str, entries: Mapping[Run, SweepEntry]) -> tuple[list[Group], list[Trained]]:
+        groups = groups_of(output / stage, cfg, entries, reproduction.memory)
+        done = [group.evaluated(cfg, model, text, reproduction.eval_tokens) for group in groups]
+        return groups, [each for of_group in done for each in of_group]
+
+    penalties = find_penalties(reproduction, model)
+    entries = sweep_entries(reproduction.runs(), cfg, penalties)
+    groups, methods = trained("methods", entries)
+    _, twins = trained("share-matched", share_matched(entries, methods))
+    features = [
+        cached(
+            group.folder / "features.json",
+            Features,
+            partial(_features, reproduction, model, text, group),
+        )
+        for group in groups
+    ]
+    unscaled = cached(
         output / "unscaled.json",
         list[SpliceScales],
-        lambda: _splice_scales(reproduction, model, sweep),
+        lambda: _splice_scales(reproduction, model, text, groups, methods),
     )
     path = output / "reproduction.json"
     earlier = json.loads(path.read_text())["seconds"] if path.exists() else 0.0
     result = ReproductionResult(
         settings,
-        [*sweep.trained, *twins.trained],
-        _training_shares(output / "methods" / TRAIN_LOG_FILENAME, sweep.trained),
-        features,
+        [*methods, *twins],
+        _training_shares((record for group in groups for record in group.log()), methods),
+        Features.of_groups(features),
         unscaled,
         seconds=max(earlier, time.perf_counter() - started),
     )
-    path.write_text(json.dumps(plain(result), indent=1) + "\n")
+    path.write_text(json.dumps(plain(result), indent=1) + "\n", encoding="utf-8")
     write_figures(result, output)
     if page is not None:
         fill_tables(page, tables(result))
@@ -116,7 +123,7 @@ def reproduce(
 
 def _require_same_settings(folder: Path, settings: Settings) -> None:
     """Raise if the folder holds stages made with other settings: they would pass for these."""
-    made_with = _cached(folder / "settings.json", dict, lambda: asdict(settings))
+    made_with = cached(folder / "settings.json", dict, lambda: asdict(settings))
     for field, value in asdict(settings).items():
         if made_with.get(field) != value:
             raise UserError(
@@ -125,33 +132,12 @@ def _require_same_settings(folder: Path, settings: Settings) -> None:
             )
 
 
-def _sweep(
-    reproduction: Reproduction, model: LanguageModel, name: str, entries: Mapping[Run, SweepEntry]
-) -> _Sweep:
-    """Train and evaluate, or read the results of an earlier run; resumes from its checkpoint."""
-    folder, device = reproduction.output / name, reproduction.cfg.device
-    if (folder / "sweep.json").exists():
-        saes = {run: SAE.load_from_disk(folder / run.name, device) for run in entries}
-        return _Sweep(_trained(entries, SweepResult.read(folder)), saes)
-    checkpoint = newest_checkpoint(folder)
-    cfg = replace(
-        reproduction.cfg,
-        output_path=str(folder),
-        checkpoint_path=str(folder / "checkpoints"),
-        resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
-    )
-    by_name = {run.name: entry for run, entry in entries.items()}
-    saes = SweepRunner(cfg, by_name, override_model=cast(Any, model)).run()
-    result = evaluate_sweep(
-        model, by_name, saes, reproduction.eval_dataset, max_tokens=reproduction.eval_tokens
-    )
-    result.write(folder)
-    return _Sweep(_trained(entries, result), {run: saes[run.name] for run in entries})
-
-
-def _trained(runs: Iterable[Run], result: SweepResult) -> list[Trained]:
-    rows = {row.name: row for row in result.rows}
-    return [Trained(run, rows[run.name]) for run in runs]
+def _features(
+    reproduction: Reproduction, model: LanguageModel, text: Text, group: Group
+) -> Features:
+    saes = group.saes(reproduction.cfg.device)
+    read = {run: sae for run, sae in saes.items() if run.stage != "differences"}
+    return read_features(reproduction, model, text, read)
 
 
 def share_matched(
@@ -179,13 +165,6 @@ def share_matched(
     return twins
 
 
-def _cached(path: Path, kind: Callable[..., Numbers], make: Callable[[], Numbers]) -> Numbers:
-    """The results of a stage, read from the file if an earlier run wrote it."""
-    if not path.exists():
-        path.write_text(json.dumps(plain(make()), indent=1) + "\n")
-    return typed(kind, json.loads(path.read_text()))
-
-
 def _routers(trained: Iterable[Trained]) -> list[Trained]:
     """The dictionaries of the main comparison whose router has a twin."""
     trained = list(trained)
@@ -193,12 +172,13 @@ def _routers(trained: Iterable[Trained]) -> list[Trained]:
     return [each for method in methods for each in of_method(trained, method, "main")]
 
 
-def _training_shares(log: Path, trained: Iterable[Trained]) -> list[TrainingShares]:
+def _training_shares(
+    log: Iterable[Mapping[str, Any]], trained: Iterable[Trained]
+) -> list[TrainingShares]:
     """Mean over the logged steps of each router's shares (Figure 9 a)."""
-    logged: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    with log.open() as lines:
-        for record in map(json.loads, lines):
-            logged[record["name"]].append(record)
+    logged: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for record in log:
+        logged[record["name"]].append(record)
 
     def mean_share(name: str, block: int) -> float:
         return statistics.fmean(record[f"route_share/block_{block}"] for record in logged[name])
@@ -212,14 +192,20 @@ def _training_shares(log: Path, trained: Iterable[Trained]) -> list[TrainingShar
 
 
 def _splice_scales(
-    reproduction: Reproduction, model: LanguageModel, sweep: _Sweep
+    reproduction: Reproduction,
+    model: LanguageModel,
+    text: Text,
+    groups: Iterable[Group],
+    trained: Iterable[Trained],
 ) -> list[SpliceScales]:
     """Both scales of the splice, for the methods of that table."""
-    text, n = reproduction.eval_dataset, reproduction.eval_tokens
+    trained = list(trained)
+    folders = {run: group.folder / run.name for group in groups for run in group.entries}
     scales = []
     for method in shown_in("unscaled"):
-        for each in of_method(sweep.trained, method, "main"):
-            evaluation = evaluate(model, sweep.saes[each.run], text, max_tokens=n)
+        for each in of_method(trained, method, "main"):
+            sae = SAE.load_from_disk(folders[each.run], reproduction.cfg.device)
+            evaluation = evaluate(model, sae, text, max_tokens=reproduction.eval_tokens)
             scaled, unscaled = evaluation.downstream, evaluation.downstream_unscaled
             assert scaled is not None and unscaled is not None
             assert each.row.route_weight is not None

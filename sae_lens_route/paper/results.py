@@ -6,7 +6,7 @@ Tables and figures are made from these alone, so they can be drawn again without
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
@@ -15,15 +15,11 @@ from sae_lens_route.evals.comparison import SweepRow
 from sae_lens_route.features.table import FeatureProfile
 from sae_lens_route.paper.methods import Method
 from sae_lens_route.paper.plan import Run, Settings, Stage
+from sae_lens_route.paper.steering_example import SteeringExample
 from sae_lens_route.records import typed
 
 THRESHOLD_SHARES = (0.1, 0.15, 0.2, 0.25, 0.331, 0.4)
-"""Thresholds on activations, as shares of sqrt(d_in); the paper's 15 is 0.331."""
-
-READ_SHARE = 0.2
-"""The share that features are read at: the demo model's features are weaker than Llama's."""
-
-_READ_AT = THRESHOLD_SHARES.index(READ_SHARE)
+"""Thresholds that features are counted at, as shares of sqrt(d_in); the paper's 15 is 0.331."""
 
 Kind = Literal["word", "pattern"]
 """Among the features of the fewest token classes, or of the most."""
@@ -61,10 +57,12 @@ class SpliceScales(OfRun):
 
 @dataclass(frozen=True)
 class FeatureCounts(OfRun):
-    """Interpretable features of one dictionary, and their scores, over `THRESHOLD_SHARES`."""
+    """Interpretable features of one dictionary, and their scores, over several thresholds."""
 
     thresholds: list[float]
-    """In the units of n(x)."""
+    """In units of n(x)."""
+    read_at: int
+    """Position of the threshold that features are read at."""
     n_features: list[int]
     """Features with at least 4 contexts above each threshold."""
     surface_scores: list[float | None]
@@ -79,17 +77,12 @@ class FeatureCounts(OfRun):
     @property
     def n_read(self) -> int:
         """Features at the threshold they are read at."""
-        return self.n_features[_READ_AT]
+        return self.n_features[self.read_at]
 
     @property
     def surface_score(self) -> float | None:
         """Mean surface score at the threshold features are read at."""
-        return self.surface_scores[_READ_AT]
-
-    @property
-    def score(self) -> float | None:
-        """The judge's score, or the surface score if no judge was asked."""
-        return self.surface_score if self.judge_score is None else self.judge_score
+        return self.surface_scores[self.read_at]
 
 
 class FeatureDepth(NamedTuple):
@@ -118,6 +111,23 @@ class Features:
     depths: list[FeatureDepth]
     """All features of the dictionary with enough contexts."""
     shown: list[ShownFeature]
+    steering: list[SteeringExample]
+    """One of its features steered; empty if the rule found none."""
+
+    @classmethod
+    def of_groups(cls, groups: Sequence[Features]) -> Features:
+        """All features of dictionaries that were read in groups."""
+        return cls(
+            [counts for group in groups for counts in group.counts],
+            [depth for group in groups for depth in group.depths],
+            [feature for group in groups for feature in group.shown],
+            [example for group in groups for example in group.steering],
+        )
+
+
+def counted_shares(read_share: float) -> tuple[float, ...]:
+    """The shares of sqrt(d_in) that features are counted at, ascending."""
+    return tuple(sorted({*THRESHOLD_SHARES, read_share}))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Means over seeds with their intervals, and comparisons of routers with each other.
+"""Means over seeds and text with their intervals, and comparisons of routers with each other.
 
 `routing_gain` compares a router with a random one of the same shares; `at_shares` reweights a
 router's per-block means, so that routers with different shares can be compared.
@@ -6,10 +6,13 @@ router's per-block means, so that routers with different shares can be compared.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
+from jaxtyping import Float
 from scipy import stats
 
 from sae_lens_route.errors import UserError
@@ -39,6 +42,51 @@ def interval(values: Sequence[float]) -> Interval:
         return Interval(float(values[0]), None)
     spread = statistics.stdev(values) / len(values) ** 0.5
     return Interval(statistics.fmean(values), float(stats.t.ppf(0.975, len(values) - 1)) * spread)
+
+
+_BLOCK = 4
+"""Consecutive contexts that count as one: those of one document are not independent."""
+
+
+def metric_interval(rows: Sequence[SweepRow], metric: Metric) -> Interval:
+    """Mean of a metric over the seeds of a method, with its 95 % interval over seeds and text.
+
+    Without means by context, or with a single seed, `interval`.
+
+    Args:
+        rows: Of one method, evaluated on the same text.
+        metric: What to average.
+
+    Raises:
+        UserError: a row lacks the metric.
+    """
+    means = interval([metric_of(row, metric) for row in rows])
+    by_context = [None if row.by_context is None else row.by_context for row in rows]
+    values = [None if each is None else getattr(each, metric) for each in by_context]
+    if means.half_width is None or None in values:
+        return means
+    weights = np.array(by_context[0].n_tokens, dtype=float)  # type: ignore[union-attr]
+    over_text = text_half_width(np.array(values, dtype=float).mean(0), weights)
+    return Interval(means.mean, math.hypot(means.half_width, over_text))
+
+
+def text_half_width(
+    values: Float[np.ndarray, " contexts"], weights: Float[np.ndarray, " contexts"]
+) -> float:
+    """Half of the 95 % t-interval of a weighted mean over contexts, by blocks of four.
+
+    Args:
+        values: Mean of each context, over seeds.
+        weights: Tokens of each context.
+    """
+    block = np.arange(len(values)) // _BLOCK
+    weight = np.bincount(block, weights)
+    mean = np.bincount(block, weights * values) / weight
+    n, share = len(mean), weight / weight.sum()
+    if n < 2:
+        return 0.0
+    variance = n / (n - 1) * (share**2 * (mean - share @ mean) ** 2).sum()
+    return float(stats.t.ppf(0.975, n - 1) * variance**0.5)
 
 
 def metric_of(row: SweepRow, metric: Metric) -> float:

@@ -35,6 +35,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_route.errors import UserError
+from sae_lens_route.saes.decoder_bias import BDecInit, initialize_b_dec
 from sae_lens_route.saes.loss import normalized_mse
 from sae_lens_route.saes.router import normalize
 from sae_lens_route.saes.sparse_topk import SparseTopKTrainingConfig, SparseTopKTrainingSAE
@@ -126,9 +127,17 @@ class CrosscoderTrainingConfigMixin(CrosscoderConfigMixin, TrainingConfigBase):
         decoder_init_norm: initial norm of a decoder row, over all blocks together; the encoder is
             initialized as the decoder's transpose. Lindsey et al. use a smaller one, as SAELens
             does (0.1), with which training takes many more steps to get going.
+        b_dec_init: what `b_dec` is set to before the first step: "zeros", or the "mean" or
+            "geometric_median" of the first batch's h. Where `b_dec` is also subtracted from the
+            input, the mean is the default.
     """
 
     decoder_init_norm: float | None = 1.0
+    b_dec_init: BDecInit = "zeros"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("b_dec_init", self.b_dec_init, get_args(BDecInit))
 
 
 class CrosscoderTrainingSAEMixin(CrosscoderSAEMixin, StreamsTrainingSAEMixin):
@@ -142,6 +151,8 @@ class CrosscoderTrainingSAEMixin(CrosscoderSAEMixin, StreamsTrainingSAEMixin):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """One step on residual streams; the output's `sae_in` and `sae_out` are `[tokens, L*d]`."""
         h = self.concat_blocks(step_input.sae_in)
+        if step_input.n_training_steps == 0:
+            initialize_b_dec(self.b_dec, self.cfg.b_dec_init, h)
         step_input = replace(without_unused_mask(step_input, self.cfg), sae_in=h)
         return super().training_forward_pass(step_input)
 
@@ -245,6 +256,7 @@ class TopKTrainingCrosscoderConfig(CrosscoderTrainingConfigMixin, SparseTopKTrai
     """
 
     k: int = 64
+    b_dec_init: BDecInit = "mean"
     aux_loss_coefficient: float = 0.0
     rescale_acts_by_decoder_norm: bool = False
 

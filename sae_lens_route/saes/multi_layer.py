@@ -21,6 +21,7 @@ from sae_lens_route.saes.architectures import (
     RouteTopKTrainingSAE,
     RouteTopKTrainingSAEConfig,
 )
+from sae_lens_route.saes.decoder_bias import initialize_b_dec
 from sae_lens_route.saes.metadata import route_names
 from sae_lens_route.saes.router import RoutingMode, normalize
 
@@ -63,7 +64,7 @@ class MultiLayerTopKTrainingSAE(RouteTopKTrainingSAE):
         streams = normalize(step_input.sae_in.to(self.dtype))
         rows = rearrange(streams, "tokens L d -> (tokens L) d")
         if step_input.n_training_steps == 0:
-            self.initialize_b_dec(rows)
+            initialize_b_dec(self.b_dec, self.cfg.b_dec_init, rows)
         output = TopKTrainingSAE.training_forward_pass(self, replace(step_input, sae_in=rows))
         n_routes = self.cfg.n_routed_layers
         output.metrics.update({f"route_share/{name}": 1 / n_routes for name in route_names(self)})

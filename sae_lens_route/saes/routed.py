@@ -26,6 +26,7 @@ from typing_extensions import override
 
 from sae_lens_route.errors import UserError
 from sae_lens_route.saes.assignment import COMPARED, assignment_loss
+from sae_lens_route.saes.decoder_bias import initialize_b_dec
 from sae_lens_route.saes.loss import divisor, mse, norm_mse, normalized_mse
 from sae_lens_route.saes.metadata import route_names
 from sae_lens_route.saes.reconstruct import reconstruct
@@ -173,7 +174,7 @@ class RoutedTrainingSAEMixin(RoutedSAEMixin, StreamsTrainingSAEMixin):
         x = step_input.sae_in
         routing = self.route(x)
         if step_input.n_training_steps == 0:
-            self.initialize_b_dec(routing.x_route)
+            initialize_b_dec(self.b_dec, self.cfg.b_dec_init, routing.x_route)
         learns_assignment = self.cfg.router_objective == "assignment"
         x_route = routing.x_route.detach() if learns_assignment else routing.x_route
         output = super().training_forward_pass(replace(step_input, sae_in=x_route))
@@ -197,14 +198,6 @@ class RoutedTrainingSAEMixin(RoutedSAEMixin, StreamsTrainingSAEMixin):
         with torch.no_grad():
             errors = self.route_errors(x[::COMPARED], compared)
         return assignment_loss(errors, compared.probs)
-
-    @torch.no_grad()
-    def initialize_b_dec(self, x: Float[Tensor, "n d"]) -> None:
-        """Set `b_dec` to the center of what the SAE reads, as `b_dec_init` says, in place."""
-        if self.cfg.b_dec_init == "mean":
-            self.b_dec.copy_(x.mean(0))
-        elif self.cfg.b_dec_init == "geometric_median":
-            self.b_dec.copy_(geometric_median(x))
 
     @override
     def calculate_aux_loss(
@@ -308,15 +301,6 @@ def unit_rows(W_dec: Float[Tensor, "d_sae d"]) -> Float[Tensor, "d_sae d"]:
     """Rows scaled to unit norm; idempotent, as rows that have it to rounding stay bit-identical."""
     norm = W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-8)
     return W_dec / torch.where((norm - 1).abs() < 1e-6, 1.0, norm)
-
-
-def geometric_median(x: Float[Tensor, "n d"], n_iterations: int = 50) -> Float[Tensor, " d"]:
-    """The point with the least mean distance to the rows of `x` (Weiszfeld's iteration)."""
-    center = x.mean(0)
-    for _ in range(n_iterations):
-        closeness = 1 / (x - center).norm(dim=-1, keepdim=True).clamp(min=1e-8)
-        center = (x * closeness).sum(0) / closeness.sum()
-    return center
 
 
 def _route_metrics(routing: Routing, names: list[str]) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from sae_lens.saes.sae import SAEConfig
 from typing_extensions import override
 
 from sae_lens_route.errors import UserError
+from sae_lens_route.saes.decoder_bias import BDecInit
 from sae_lens_route.saes.loss import LossName
 from sae_lens_route.saes.router import Aggregation, RoutingMode
 from sae_lens_route.saes.streams import StreamsConfigMixin, TrainingConfigBase, require_choice
 
 RouterObjective = Literal["reconstruction", "assignment", "frozen"]
-BDecInit = Literal["zeros", "mean", "geometric_median"]
 
 
 @dataclass
@@ -92,8 +92,8 @@ class RoutedTrainingConfigMixin(RoutedConfigMixin, TrainingConfigBase):
             initialization.
         scale_by_probability: None scales unless the objective is "assignment", which needs no
             gradient through p.
-        b_dec_init: what `b_dec` is set to before the first step: "zeros", as in the paper's code,
-            or the "mean" or "geometric_median" (Gao et al. 2024) of the first batch's x_route.
+        b_dec_init: what `b_dec` is set to before the first step: the "mean" or "geometric_median"
+            (Gao et al. 2024) of the first batch's x_route, or "zeros", as in the paper's code.
         latent_bias: whether `b_enc` is trained, as in the paper's code, or stays 0, as in its
             Eq. 10.
         decoder_norm_interval: decoder rows are set to unit norm before the first step, after steps
@@ -105,7 +105,7 @@ class RoutedTrainingConfigMixin(RoutedConfigMixin, TrainingConfigBase):
     loss: LossName = "normalized_mse"
     router_objective: RouterObjective = "reconstruction"
     scale_by_probability: bool | None = None  # type: ignore[assignment]
-    b_dec_init: BDecInit = "zeros"
+    b_dec_init: BDecInit = "mean"
     latent_bias: bool = True
     decoder_norm_interval: int = 10
     decoder_init_norm: float | None = None

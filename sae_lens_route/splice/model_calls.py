@@ -119,8 +119,7 @@ class ModelCalls:
         """The calls of this model; `release` as often as you `watch`."""
         loop = block_loop(model)
         with _LOCK:
-            found = getattr(getattr(vars(loop).get("forward"), "func", None), "__self__", None)
-            calls = found if isinstance(found, ModelCalls) else cls(loop)
+            calls = _calls_of(loop) or cls(loop)
             if model not in calls._users:
                 for names, wrapper in ((CALLS, calls._call), (CONTEXTS, calls._context)):
                     calls._methods += [
@@ -130,6 +129,12 @@ class ModelCalls:
                     ]
             calls._users.append(model)
         return calls
+
+    @classmethod
+    def watches(cls, model: LanguageModel) -> bool:
+        """Whether the model's calls are watched."""
+        found = _calls_of(block_loop(model))
+        return found is not None and model in found._users
 
     def release(self, model: LanguageModel) -> None:
         """The last release restores the model's methods."""
@@ -256,6 +261,11 @@ class ModelCalls:
             for change in self._running.changes:
                 if change.thread is not self._running.frames.stack[0]:
                     change.removed = name
+
+
+def _calls_of(loop: nn.Module) -> ModelCalls | None:
+    found = getattr(getattr(vars(loop).get("forward"), "func", None), "__self__", None)
+    return found if isinstance(found, ModelCalls) else None
 
 
 def _refusal(mine: str, other: str) -> UserError:

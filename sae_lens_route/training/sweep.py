@@ -123,30 +123,8 @@ class SweepRunner(RouteSAETrainingRunner):
         super().save_checkpoint(checkpoint_path)
 
     def memory_estimate(self) -> dict[str, int]:
-        """Memory in bytes that training needs by component, excluding the language model.
-
-        As `RouteSAERunnerConfig.memory_estimate`, for all entries: `saes` adds up their weights,
-        gradients and Adam's two moments. SAELens keeps the outputs of every entry until the step is
-        over, so `features` adds up too, except for the gradients, of one entry at a time.
-        """
-        cfg = self.cfg
-        one_run = cfg.memory_estimate()
-        saes, kept, gradients, copies = 0, 0, 0, {}
-        for name, sae in self._configs.items():
-            source = self._sources[name]
-            width = str_to_dtype(sae.dtype).itemsize
-            saes += 4 * width * (2 * sae.d_in * sae.d_sae + sae.d_sae + 2 * sae.d_in)
-            encodes_all = isinstance(sae, MultiLayerTopKTrainingConfig)
-            rows = cfg.step_tokens * (len(source.routes) if encodes_all else 1)
-            kept += 2 * width * rows * (sae.d_in + sae.d_sae)
-            gradients = max(gradients, 2 * width * rows * (sae.d_in + sae.d_sae))
-            copies[source.key] = 0 if source.is_view else len(source.routes) * cfg.d_model * width
-        return {
-            "activations": one_run["activations"] + cfg.step_tokens * sum(copies.values()),
-            "shuffle_buffer": one_run["shuffle_buffer"],
-            "saes": saes,
-            "features": kept + gradients,
-        }
+        """Memory in bytes that training needs by component, excluding the language model."""
+        return sweep_memory(self.cfg, self.entries)
 
     @override
     def _new_sae(self) -> TrainingSAE[Any]:
@@ -214,6 +192,37 @@ class SweepRunner(RouteSAETrainingRunner):
                 if sae is not None:  # it also carries the normalization of its training input
                     sae.save_model(folder)
         return to_inference(training_sae) if sae is None else sae
+
+
+def sweep_memory(cfg: RouteSAERunnerConfig, entries: Mapping[str, SweepEntry]) -> dict[str, int]:
+    """Memory in bytes that a sweep needs by component, excluding the language model.
+
+    As `RouteSAERunnerConfig.memory_estimate`, for all entries: `saes` adds up their weights,
+    gradients and Adam's two moments. SAELens keeps the outputs of every entry until the step is
+    over, so `features` adds up too, except for the gradients, of one entry at a time.
+
+    Args:
+        cfg: Configuration of the sweep; its routed blocks are known.
+        entries: What it trains.
+    """
+    one_run, routed_blocks = cfg.memory_estimate(), list(cfg.routed_blocks or ())
+    saes, kept, gradients, copies = 0, 0, 0, {}
+    for name, entry in entries.items():
+        source = _Source.of(name, entry, routed_blocks)
+        sae = source.sized(name, entry.sae, cfg.d_model)
+        width = str_to_dtype(sae.dtype).itemsize
+        saes += 4 * width * (2 * sae.d_in * sae.d_sae + sae.d_sae + 2 * sae.d_in)
+        encodes_all = isinstance(sae, MultiLayerTopKTrainingConfig)
+        rows = cfg.step_tokens * (len(source.routes) if encodes_all else 1)
+        kept += 2 * width * rows * (sae.d_in + sae.d_sae)
+        gradients = max(gradients, 2 * width * rows * (sae.d_in + sae.d_sae))
+        copies[source.key] = 0 if source.is_view else len(source.routes) * cfg.d_model * width
+    return {
+        "activations": one_run["activations"] + cfg.step_tokens * sum(copies.values()),
+        "shuffle_buffer": one_run["shuffle_buffer"],
+        "saes": saes,
+        "features": kept + gradients,
+    }
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import random
 import pytest
 from support.command_line import SMALL, as_options, call, error_line, write_yaml
 
+from sae_lens_route.evals.comparison import SweepResult
 from sae_lens_route.evals.concepts import ConceptRecovery
 
 WORDS = [("the", "DET"), ("cat", "NOUN"), ("dog", "NOUN"), ("sees", "VERB"), ("eats", "VERB")]
@@ -38,6 +39,8 @@ def sweep(tmp_path_factory):
     runs = {
         "RouteSAE": {},
         "TopK": {"blocks": [5]},
+        "half, block 3": {"blocks": [3], "d_sae": 32},
+        "half, block 5": {"blocks": [5], "d_sae": 32},
         "MLSAE": {"architecture": "multi_layer_topk"},
         "Crosscoder": {"architecture": "crosscoder_topk"},
     }
@@ -52,7 +55,7 @@ def test_a_sweep_is_compared_over_seeds(sweep, annotated, tmp_path):
     result = call("concepts", sweep, "--dev", dev, "--test", test, "--output", tmp_path, "--probes")
     assert result.exit_code == 0, result.output
     scores = ConceptRecovery.from_dict(json.loads((tmp_path / "concepts.json").read_text()))
-    labels = ["RouteSAE", "TopK", "MLSAE", "Crosscoder"]
+    labels = ["RouteSAE", "TopK", "half, block 3", "half, block 5", "MLSAE", "Crosscoder"]
     seeds = [f"{label} seed={seed}" for label in labels for seed in (0, 1)]
     baselines = [name for name in scores.dictionaries if name not in seeds]
     assert [name.split(",")[0] for name in baselines] == ["stream", "PCA", "random directions"]
@@ -64,7 +67,7 @@ def test_a_sweep_is_compared_over_seeds(sweep, annotated, tmp_path):
     assert f"{sum(values) / 2:.3f} ±" in lines["TopK"]
     for name in ("RouteSAE", "MLSAE", "Crosscoder", "permuted labels"):
         assert name in lines
-    for name in ("concepts.json", "recovery.svg", "recovery.html", "blocks.svg", "blocks.html"):
+    for name in ("concepts.json", "recovery.svg", "recovery.html"):
         assert f"wrote {tmp_path / name}" in result.output and (tmp_path / name).exists()
 
 
@@ -79,6 +82,25 @@ def test_a_multi_layer_sae_is_read_at_all_blocks(sweep, annotated, tmp_path):
     multi, routed = (scores[f"{label} seed=0"] for label in ("MLSAE", "RouteSAE"))
     # the largest over L blocks is above 0 at more tokens than the activation at one of them
     assert multi["dense_features"] > routed["dense_features"]
+
+
+def test_single_layers_are_read_together(sweep, annotated, tmp_path):
+    dev, test = annotated
+    options = ("--dev", dev, "--test", test, "--no-baselines", "--output", tmp_path)
+    result = call("concepts", sweep, *options, "--together", "half, ")
+    assert result.exit_code == 0, result.output
+    scores = json.loads((tmp_path / "concepts.json").read_text())["dictionaries"]
+    union = scores["half seed=1"]
+    assert union["n_features"] == 64
+    assert {block for c in union["concepts"] for block in c["share_by_block"]} == {"3", "5"}
+    rows = SweepResult.read(sweep).rows
+    norm_mse = [row.norm_mse for row in rows if row.label == "RouteSAE"]
+    line, _ = (line for line in result.output.splitlines() if line.startswith("RouteSAE"))
+    assert f"{sum(norm_mse) / 2:.3f} ±" in line
+    line, _ = (line for line in result.output.splitlines() if line.startswith("half"))
+    assert line.split()[1:3] == ["-", "-"]
+    message = error_line(call("concepts", sweep, *options, "--together", "quarter"))
+    assert "--together='quarter'" in message and "'half, block 3'" in message
 
 
 def test_python_source_has_labels_of_its_own(tmp_path):

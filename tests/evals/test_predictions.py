@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from support.command_line import TINYLLAMA
 
+from sae_lens_route import load_model
 from sae_lens_route.evals import predictions
 from sae_lens_route.evals.predictions import CleanPass
 from sae_lens_route.models.kinds import decoder_blocks
@@ -56,3 +58,49 @@ def test_the_ablated_pass_is_run_once_for_the_same_places(tinyllama):
     handle.remove()
     assert torch.equal(first.kl[:, :3], torch.zeros(2, 3).double())
     assert not torch.equal(first.kl, other.kl)
+
+
+@pytest.mark.parametrize("kind", ["HookedTransformer", "TransformerBridge", "AutoModelForCausalLM"])
+def test_blocks_before_the_first_edit_run_once(kind):
+    """A second edited pass begins at the first edit, and is bit for bit a pass of its own."""
+    model = load_model(TINYLLAMA, kind)
+    tokens = torch.randint(2, 512, (2, 8), generator=torch.Generator().manual_seed(0))
+    edits = {2: lambda x: 1.1 * x, 5: lambda x: x - 0.1}
+    clean, ran = CleanPass(model, tokens), []
+    whole, whole_streams = clean.edited(edits)
+    blocks = decoder_blocks(model)
+    forwards = [vars(block).get("forward") for block in blocks]
+    handles = [
+        part.register_forward_hook(lambda *_args, i=i: ran.append(i))
+        for i, block in enumerate(blocks)
+        for part in list(block.children())[-1:]
+    ]
+    again, streams = clean.edited(edits)
+    for handle in handles:
+        handle.remove()
+    assert ran == list(range(3, len(blocks)))
+    assert torch.equal(again.kl, whole.kl) and torch.equal(again.ce, whole.ce)
+    assert all(torch.equal(streams[block], whole_streams[block]) for block in edits)
+    assert [vars(block).get("forward") for block in blocks] == forwards
+    unedited, _ = clean.edited({7: lambda x: x})
+    assert unedited.kl.abs().max() < 1e-6
+
+
+def test_divergences_over_a_large_vocabulary():
+    """KL of float32 probabilities of 49,152 words, from near 0 to 2 nats: 5e-7 absolute."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(64, 49_152, generator=generator)
+    other = logits + torch.logspace(-3, 0, 64).unsqueeze(1) * torch.randn(
+        logits.shape, generator=generator
+    )
+    tokens = torch.randint(49_152, (1, 64), generator=generator)
+
+    class Model(torch.nn.Module):
+        def forward(self, _tokens, return_type):
+            return logits.unsqueeze(0)
+
+    clean = CleanPass(Model(), tokens)
+    kl, ce = in_float64(logits.unsqueeze(0), other.unsqueeze(0), tokens)
+    comparison = clean._compared(other)
+    torch.testing.assert_close(comparison.kl, kl, rtol=1e-6, atol=5e-7)
+    torch.testing.assert_close(comparison.ce, ce, rtol=1e-6, atol=1e-6)

@@ -39,7 +39,8 @@ def test_against_brute_force(route_sae):
         table.append(row)
         routed.append(row[int(r.route)])
         routes.append(int(r.route))
-    table = torch.tensor(table)
+    own = torch.tensor(routed)[::4]  # one token in four is compared
+    table = torch.tensor(table)[::4]
     share = torch.bincount(torch.tensor(routes), minlength=9) / 40
 
     def by_block(values):
@@ -52,7 +53,7 @@ def test_against_brute_force(route_sae):
     assert result.norm_mse_uniform == pytest.approx(float(table.mean()), rel=1e-4)
     assert result.norm_mse_matched == pytest.approx(float(share @ table.mean(0)), rel=1e-4)
     assert result.norm_mse_best == pytest.approx(float(table.min(1).values.mean()), rel=1e-4)
-    assert result.regret == pytest.approx(result.norm_mse - result.norm_mse_best, abs=1e-6)
+    assert result.regret == pytest.approx(float(own.mean()) - result.norm_mse_best, abs=1e-6)
     assert 0 <= result.load_entropy <= math.log(9)
     probs = torch.stack([route_sae.route(token).probs for token in x]).mean(0)
     assert result.mean_probs_by_block == pytest.approx(by_block(probs), rel=1e-4)

@@ -43,6 +43,7 @@ def random_sae(label: str, seed: int) -> Any:
         sae = RouteTopKSAE(RouteTopKSAEConfig(d_in=TINYLLAMA_WIDTH, **size, **ROUTERS[label]))
         sae.W_router.data.normal_(std=0.01)  # p near 1/3: features scaled by it would be lost
     sae.W_enc.data.normal_(std=0.25 * (TINYLLAMA_WIDTH / sae.cfg.d_in) ** 0.5)
+    sae.b_enc.data.normal_(std=0.02)  # with which z(p n) / p is not z(n)
     sae.W_enc.data *= torch.linspace(0.1, 1, D_SAE)  # some features are strong, some weak
     sae.cfg.metadata = SAEMetadata(
         hook_names=[f"blocks.{block}.hook_resid_post" for block in BLOCKS],
@@ -68,15 +69,18 @@ def read(tinyllama: Any) -> Read:
     labels = [*ROUTERS, CROSSCODER_TOPK.label]
     saes = {Run(label, K, 0): random_sae(label, i) for i, label in enumerate(labels)}
     cfg = small_config(None, routed_blocks=BLOCKS)
-    reproduction = Reproduction(cfg, K, (), (0,), tokens, 0, 0, output=Path("unused"))
-    return Read(tinyllama, tokens, saes, read_features(reproduction, tinyllama, saes))
+    reproduction = Reproduction(cfg, K, (), (0,), tokens, 0, 0, Path("unused"), read_share=0.2)
+    groups = [dict(list(saes.items())[part]) for part in (slice(0, 1), slice(1, None))]
+    features = [read_features(reproduction, tinyllama, tokens, group) for group in groups]
+    assert not features[0].shown and not features[0].depths  # without the assignment router
+    return Read(tinyllama, tokens, saes, Features.of_groups(features))
 
 
 class Counted(NamedTuple):
     """Activations of a dictionary by hand."""
 
     acts: np.ndarray
-    """[kept tokens, d_sae], in the units of n(x)."""
+    """[kept tokens, d_sae], in units of n(x)."""
     streams: np.ndarray
     """[kept tokens, L, d]."""
     at: list[Routed]
@@ -103,10 +107,10 @@ def counted(read: Read, run: Run) -> Counted:
         inputs = [np.concatenate([normalized(x) for x in token]) for token in streams]
     else:
         at = [routed(sae, list(token), None) for token in streams]
-        scale = [1.0 if run.method == SOFT.label else r.weight for r in at]
-        inputs = [r.x_route / p for r, p in zip(at, scale, strict=True)]
+        inputs = [r.x_route for r in at]
+    scales = [1.0 if run.method == SOFT.label else r.weight for r in at] or [1.0] * len(inputs)
     raw = read.model.tokenizer.convert_ids_to_tokens(read.tokens[kept].tolist())
-    acts = np.stack([encoded(sae, x) for x in inputs])
+    acts = np.stack([encoded(sae, x) / p for x, p in zip(inputs, scales, strict=True)])
     return Counted(acts, streams, at, [token.strip().lower() for token in raw])
 
 
@@ -177,10 +181,14 @@ def test_activations_by_block_are_means_over_the_tokens_it_fires_on(read: Read) 
     for shown in (read.features.shown[0], read.features.shown[-1]):
         feature = shown.profile.feature
         fired = [
-            token for token, acts in zip(hand.streams, hand.acts, strict=True) if acts[feature]
+            (x, r.weight)
+            for x, acts, r in zip(hand.streams, hand.acts, hand.at, strict=True)
+            if acts[feature]
         ]
         expected = {
-            block: float(np.mean([encoded(sae, normalized(x[i]))[feature] for x in fired]))
+            block: float(
+                np.mean([encoded(sae, p * normalized(x[i]))[feature] / p for x, p in fired])
+            )
             for i, block in enumerate(BLOCKS)
         }
         assert shown.activation_by_block == pytest.approx(expected, rel=1e-4)

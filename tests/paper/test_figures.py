@@ -43,7 +43,7 @@ def trace(name: str, label: str) -> Any:
         ("tradeoff_kl", [3.0, 2.0]),
         ("tradeoff_norm_mse", [0.5, 0.25]),
         ("features_by_sparsity", [40, 7]),
-        ("scores_by_sparsity", [0.7, 4.5]),
+        ("scores_by_sparsity", [0.7, 0.7]),
     ],
 )
 def test_a_value_against_l0(name: str, values: list[float]) -> None:

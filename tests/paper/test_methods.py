@@ -15,7 +15,7 @@ from sae_lens_route.paper.methods import (
 )
 from sae_lens_route.training.entries import expand_runs
 
-TARGET = Target(k=8, d_in=64, routed_blocks=(2, 5, 9), n_steps=100)
+TARGET = Target(k=8, d_in=64, routed_blocks=(2, 5, 9), n_steps=100, penalty=0.5)
 
 
 def settings(method: Method, target: Target = TARGET) -> dict:
@@ -44,11 +44,17 @@ def test_without_the_last_block_leaves_the_others() -> None:
     assert settings(variant, TARGET._replace(routed_blocks=(9,))) == {"k": 8}
 
 
-def test_penalties_are_those_read_off_at_16_and_fall_with_k() -> None:
-    at_16, at_32 = (settings(RELU, TARGET._replace(k=k))["l1_coefficient"] for k in (16, 32))
-    assert at_16 == 0.375 and at_32 < at_16
-    threshold = settings(JUMPRELU, TARGET._replace(k=16))["jumprelu_init_threshold"]
-    assert threshold == pytest.approx(0.079 * 8)
+def test_a_method_without_k_takes_the_penalty_that_was_found() -> None:
+    fields = {
+        RELU: "l1_coefficient",
+        JUMPRELU: "jumprelu_init_threshold",
+        CROSSCODER: "l1_coefficient",
+    }
+    for method in METHODS:
+        assert (method.first_penalty is None) == ("k" in settings(method)), method.label
+        if method.first_penalty is not None:
+            assert method.first_penalty(TARGET) > 0
+    assert all(settings(method)[field] == 0.5 for method, field in fields.items())
     assert settings(CROSSCODER)["l1_warm_up_steps"] == 25
 
 

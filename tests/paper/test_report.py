@@ -135,6 +135,7 @@ def test_columns_of_the_methods() -> None:
         "KL": "2.000 ± 0.000",
         "loss recovered": "0.750 ± 0.000",
         "dead features": "3 ± 0",
+        "dense features": "5 ± 0",
         "mean p": "0.25 ± 0.00",
     }
 
@@ -211,11 +212,13 @@ def test_sparsities_ascend_and_are_of_the_first_seed() -> None:
     low, high = [cells for cells in lines(result, "sparsity") if cells["method"] == RELU.label]
     assert low == {
         "method": "ReLU", "k aimed at": "8", "L0": "7.5", "NormMSE": "0.500", "KL": "3.000",
-        "features above 0.2 sqrt d": "40", "score": "4.500",
+        "dense features": "5", "features above 0.2 sqrt d": "40", "surface score": "0.700",
+        "judge's score": "4.500",
     }  # fmt: skip
     assert high == {
         "method": "ReLU", "k aimed at": "16", "L0": "16.5", "NormMSE": "0.250", "KL": "2.000",
-        "features above 0.2 sqrt d": "17", "score": "0.700",
+        "dense features": "5", "features above 0.2 sqrt d": "17", "surface score": "0.700",
+        "judge's score": "-",
     }  # fmt: skip
 
 
@@ -258,6 +261,18 @@ def test_the_claims_are_held_against_topk() -> None:
         "measure": "surface score", "method": ROUTE.label, "mean": "0.7", "TopK": "0.5",
         "difference": "+40.0% ± 0.0%",
     }  # fmt: skip
+
+
+def test_the_claim_about_the_score_is_held_against_the_judge_where_one_was_asked() -> None:
+    result = made_result(
+        features=both_seeds(ROUTE.label, judge_score=4.4) | both_seeds(TOPK.label, judge_score=4.0)
+    )
+    _, score = [cells for cells in lines(result, "claims") if cells["method"] == ROUTE.label]
+    assert score == {
+        "measure": "judge's score", "method": ROUTE.label, "mean": "4.4", "TopK": "4",
+        "difference": "+10.0% ± 0.0%",
+    }  # fmt: skip
+    assert "surface score" not in tables(result)["claims"]
 
 
 def test_scaled_stands_before_unscaled() -> None:
@@ -304,6 +319,18 @@ def test_depths_are_blocks() -> None:
     assert cells["p, one-sided"] == "0.17"
     few = made_result(depths=depths[:7])
     assert line(few, "depth", "7")["p"] == "-"
+
+
+def test_a_steering_is_shown_on_one_line_each() -> None:
+    shown = {cells["part"]: cells["steering"] for cells in lines(made_result(), "steering")}
+    assert shown == {
+        "feature": "7, which fires on cat",
+        "edit": "`7:set:1.5x`, at most 0.25 of the stream's norm",
+        "prompt": "`The &#124; a`",
+        "clean": "`dog`",
+        "steered": "`cat cat`",
+        "uses of its words": "0 clean, 2 steered",
+    }
 
 
 def test_the_tables_of_the_documentation_are_those_of_its_numbers(tmp_path: Path) -> None:

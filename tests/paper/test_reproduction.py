@@ -2,18 +2,24 @@
 
 import json
 import math
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from sae_lens import SAE
+from support.judge import Endpoint, scripted_judge
 from support.small import small_config
 
 from sae_lens_route.errors import UserError
+from sae_lens_route.evals.evaluate import evaluate
 from sae_lens_route.evals.reconstruction import ReconstructionMetrics
 from sae_lens_route.paper.figures import figures
-from sae_lens_route.paper.methods import ASSIGNMENT, METHODS, ROUTE, SOFT
+from sae_lens_route.paper.held_out import split_held_out
+from sae_lens_route.paper.methods import ASSIGNMENT, METHODS, ROUTE, SOFT, shown_in
 from sae_lens_route.paper.plan import Reproduction, Run
 from sae_lens_route.paper.report import tables
 from sae_lens_route.paper.reproduction import reproduce
@@ -29,7 +35,20 @@ class Made(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def judge() -> Iterator[Endpoint]:
+    """A scripted judge behind a real endpoint, and the key that the real client asks for."""
+    server = Endpoint()
+    server.read_prompt = scripted_judge
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENAI_API_KEY", "k")
+        yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, judge: Endpoint) -> Made:
     output = tmp_path_factory.mktemp("reproduction")
     cfg = small_config(
         output, sae={"d_sae": 128, "k": 8}, training_tokens=16 * 4 * 12, routed_blocks=BLOCKS
@@ -43,6 +62,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         eval_tokens=128,
         feature_tokens=512,
         output=output,
+        search_tokens=16 * 4 * 4,
+        read_share=0.1,
+        judge="scripted",
+        base_url=judge.url,
     )
     page = tmp_path_factory.mktemp("page") / "page.md"
     page.write_text("<!-- table: shares --><!-- /table -->")
@@ -61,6 +84,16 @@ def test_every_run_is_evaluated(made: Made) -> None:
         assert each.row.label == each.run.method and each.row.seed == each.run.seed
         assert math.isfinite(each.row.norm_mse), each.run
         assert (each.row.kl is None) == (each.run.method == SOFT.label), each.run
+
+
+def test_tables_are_made_on_text_that_no_choice_was_made_on(made: Made, tinyllama: Any) -> None:
+    run = Run(ROUTE.label, 8, 0)
+    sae = SAE.load_from_disk(made.reproduction.output / "methods" / "1" / run.name)
+    held_out = split_held_out(made.reproduction.eval_dataset)
+    found, other = (evaluate(tinyllama, sae, text, max_tokens=128) for text in held_out[::-1])
+    (row,) = [each.row for each in made.result.trained if each.run == run]
+    assert row.norm_mse == pytest.approx(found.reconstruction.norm_mse, rel=1e-5)
+    assert row.norm_mse != pytest.approx(other.reconstruction.norm_mse, rel=1e-3)
 
 
 def test_a_twin_has_its_routers_shares(made: Made) -> None:
@@ -113,7 +146,7 @@ def test_a_lower_threshold_lets_more_features_through(made: Made) -> None:
 
 
 def test_shares_while_training_are_the_logs_mean(made: Made) -> None:
-    log = made.reproduction.output / "methods" / "train_log.jsonl"
+    log = made.reproduction.output / "methods" / "1" / "train_log.jsonl"
     records = [json.loads(line) for line in log.read_text().splitlines()]
     assert len(made.result.training_shares) == 2 * sum(method.has_twin for method in METHODS)
     for shares in made.result.training_shares:
@@ -122,6 +155,28 @@ def test_shares_while_training_are_the_logs_mean(made: Made) -> None:
             mean = np.mean([record[f"route_share/block_{block}"] for record in logged])
             assert share == pytest.approx(mean, abs=1e-6)
         assert sum(shares.share_by_block.values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_judges_scores_are_those_of_its_answers(made: Made) -> None:
+    """Of the methods of the trade-off, first seed; the claim about the score is held to them."""
+    asked = {
+        f"{method.label} {end}" for method in shown_in("sparsity") for end in ("seed=0", "k=4")
+    }
+    folder, n_judged = made.reproduction.output / "judge", 0
+    for counts in made.result.features.counts:
+        path = folder / f"{counts.run.name}.jsonl"
+        assert path.exists() == (counts.run.name in asked and counts.n_read > 0), counts.run
+        if path.exists():
+            results = [json.loads(line) for line in path.read_text().splitlines()]
+            scores = [result["score"] for result in results if result.get("score") is not None]
+            assert len(scores) == min(100, counts.n_read)
+            assert counts.judge_score == pytest.approx(sum(scores) / len(scores))
+            n_judged += 1
+        else:
+            assert counts.judge_score is None
+    assert n_judged > 5
+    assert "judge's score" in tables(made.result)["claims"]
+    assert "judge_scores_by_sparsity" in figures(made.result)
 
 
 def test_the_scaled_splice_is_that_of_the_main_comparison(made: Made) -> None:
@@ -136,7 +191,7 @@ def test_the_scaled_splice_is_that_of_the_main_comparison(made: Made) -> None:
 
 def test_a_finished_stage_is_not_repeated(made: Made) -> None:
     output = made.reproduction.output
-    weights = output / "methods" / f"{ASSIGNMENT.label} seed=0" / "sae_weights.safetensors"
+    weights = output / "methods" / "1" / f"{ASSIGNMENT.label} seed=0" / "sae_weights.safetensors"
     before = weights.stat().st_mtime_ns
     again = reproduce(made.reproduction)
     assert again.trained == made.result.trained and again.features == made.result.features

@@ -6,7 +6,13 @@ from support.reproduction import OTHER_K, K, counts, made_result
 
 from sae_lens_route.paper.methods import ROUTE
 from sae_lens_route.paper.plan import Run
-from sae_lens_route.paper.results import FeatureDepth, ReproductionResult
+from sae_lens_route.paper.results import (
+    THRESHOLD_SHARES,
+    FeatureDepth,
+    Features,
+    ReproductionResult,
+    counted_shares,
+)
 from sae_lens_route.records import plain, typed
 
 
@@ -26,10 +32,24 @@ def test_a_methods_sparsities_are_of_the_first_seed_with_their_own_features() ->
     assert all(trained.run == features.run for trained, features in pairs)
 
 
-def test_a_judges_score_comes_before_the_surface_score() -> None:
+def test_a_judges_score_and_the_surface_score_are_two_numbers() -> None:
     run = Run(ROUTE.label, K, 0)
-    assert counts(run).score == 0.7
-    assert counts(run, judge_score=4.0).score == 4.0
+    assert counts(run).surface_score == 0.7 and counts(run).judge_score is None
+    assert counts(run, judge_score=4.0).surface_score == 0.7
+
+
+def test_a_threshold_of_ones_own_is_counted_among_the_others() -> None:
+    assert counted_shares(0.2) == THRESHOLD_SHARES
+    assert counted_shares(0.3) == (0.1, 0.15, 0.2, 0.25, 0.3, 0.331, 0.4)
+
+
+def test_features_of_groups_are_put_together() -> None:
+    whole = made_result().features
+    parts = [Features([count], [], [], []) for count in whole.counts]
+    assert (
+        Features.of_groups([*parts, Features([], whole.depths, whole.shown, whole.steering)])
+        == whole
+    )
 
 
 def test_folders_of_a_sweep_are_told_apart() -> None:

@@ -48,7 +48,8 @@ def test_trains(make_trained, tinyllama, architecture):
     assert after < 0.95 * before
     for name, parameter in sae.named_parameters():
         moved = (parameter - dict(start.named_parameters())[name]).abs().max()
-        assert 1e-3 < moved < 0.12, name  # Adam goes about 2e-3 a step at most
+        # Adam goes about 2e-3 a step at most; b_dec starts at the mean of the first batch
+        assert moved > 1e-3 and (moved < 0.12 or name == "b_dec"), name
 
 
 @every_architecture

@@ -45,7 +45,7 @@ def test_saved_as_jumprelu_the_same_features_fire(architecture, tmp_path):
     sae = ARCHITECTURES[architecture][0](
         training_config(architecture, d_in=24, d_sae=48, k=4, n_routed_layers=3)
     )
-    train(sae, structured_streams(700 * 256, seed=0).split(256))
+    train(sae, structured_streams(1000 * 256, seed=0).split(256))
     sae.save_inference_model(tmp_path)
     saved = SAE.load_from_disk(tmp_path)
     x = structured_streams(2048, seed=1)

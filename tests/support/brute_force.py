@@ -179,7 +179,7 @@ def reconstruction(scene: Scene) -> dict[str, Any]:
     outputs = [decoded(sae, acts) for acts in features]
     errors = [relative_error(y, r.x_route) for y, r in zip(outputs, at, strict=True)]
     table = []
-    for (row, position), r in zip(scene.kept, at, strict=True):
+    for (row, position), r in list(zip(scene.kept, at, strict=True))[::4]:  # one token in four
         targets = [r.weight * normalized(streams[block, row, position]) for block in blocks]
         table.append([relative_error(rebuilt(sae, target), target) for target in targets])
     n, routes = len(at), [r.route for r in at]
@@ -210,7 +210,7 @@ def reconstruction(scene: Scene) -> dict[str, Any]:
         "norm_mse_uniform": mean(fixed),
         "norm_mse_matched": math.fsum(s * f for s, f in zip(shares, fixed, strict=True)),
         "norm_mse_best": best,
-        "regret": None if sae.cfg.routing == "soft" else mean(errors) - best,
+        "regret": None if sae.cfg.routing == "soft" else mean(errors[::4]) - best,
     }
 
 

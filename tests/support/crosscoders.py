@@ -75,7 +75,7 @@ def training_output(sae, x, l1=0.01):
             sae_in=x,
             coefficients={"l1": l1} if "l1" in sae.get_coefficients() else {},
             dead_neuron_mask=torch.ones(sae.cfg.d_sae, dtype=torch.bool),
-            n_training_steps=0,
+            n_training_steps=1,
             is_logging_step=False,
         )
     )

@@ -37,14 +37,14 @@ def to_ours(reference: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.
 
 
 def golden_sae(tensors: dict[str, torch.Tensor], info: dict[str, Any], **options: Any):
-    """A training SAE that holds the golden `param.*`, with the decoder norm left alone."""
+    """A training SAE that holds the golden `param.*`, which training leaves as they are."""
     sae = RouteTopKTrainingSAE(
         RouteTopKTrainingSAEConfig(
             d_in=info["d"],
             d_sae=info["latent_size"],
             k=info["k"],
             n_routed_layers=9,
-            **{"decoder_norm_interval": 0, **options},
+            **{"decoder_norm_interval": 0, "b_dec_init": "zeros", **options},
         )
     )
     sae.load_state_dict(to_ours(tensors, "param."))

@@ -17,6 +17,17 @@ def good_answer(feature):
     return Answer(CATEGORIES[feature % 3], feature % 5 + 1, f"about {feature}")
 
 
+def scripted_judge(prompt):
+    """A judge that counts: the more of the places share a token, the better the feature."""
+    places = [
+        json.loads(line) for line in prompt.split("Places, the strongest first:\n")[1].split("\n")
+    ]
+    assert all("<ACTIVATED>" in place["context"] for place in places)
+    (token, most), *_ = Counter(place["token"].strip().lower() for place in places).most_common(1)
+    score = 1 + round(4 * (most - 1) / max(1, len(places) - 1))
+    return Answer("low-level" if score > 2 else "undiscernible", score, f"mostly {token!r}")
+
+
 def as_text(answer):
     return json.dumps(answer._asdict())
 
@@ -24,7 +35,8 @@ def as_text(answer):
 class Endpoint(ThreadingHTTPServer):
     """An OpenAI-compatible server. `behave(feature, nth)` says what the nth request gets.
 
-    The value is a text, or a function that answers through the request handler.
+    The value is a text, or a function that answers through the request handler. With `read_prompt`
+    the answer is a function of the prompt alone, as a model's.
     """
 
     daemon_threads = True
@@ -32,6 +44,7 @@ class Endpoint(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.behave = lambda feature, nth: as_text(good_answer(feature))
+        self.read_prompt = None
         self.lock = threading.Lock()
         self.asked = []  # (feature, time), in the order of arrival
         self.bodies = []
@@ -57,8 +70,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        feature = int(re.findall(r"feature-(\d+)", body["messages"][0]["content"])[0])
-        server = self.server
+        server, prompt = self.server, body["messages"][0]["content"]
+        if server.read_prompt is not None:
+            return self.reply(200, completion(as_text(server.read_prompt(prompt))))
+        feature = int(re.findall(r"feature-(\d+)", prompt)[0])
         with server.lock:
             server.asked.append((feature, time.monotonic()))
             server.bodies.append((self.path, self.headers["Authorization"], body))
@@ -71,9 +86,8 @@ class Handler(BaseHTTPRequestHandler):
             with server.lock:
                 server.under_way -= 1
         if callable(action):
-            action(self)
-        else:
-            self.reply(200, completion(action))
+            return action(self)
+        return self.reply(200, completion(action))
 
     def reply(self, status, content, content_type="application/json", headers=()):
         data = content.encode() if isinstance(content, str) else json.dumps(content).encode()

@@ -7,7 +7,7 @@ from sae_lens_route.evals.comparison import SweepRow, SweepSettings
 from sae_lens_route.evals.downstream import DownstreamMetrics
 from sae_lens_route.evals.reconstruction import CrosscoderMetrics, ReconstructionMetrics
 from sae_lens_route.features.table import FeatureProfile
-from sae_lens_route.paper.methods import ASSIGNMENT, METHODS, PLAIN_MSE, ROUTE, SOFT, Method
+from sae_lens_route.paper.methods import METHODS, PLAIN_MSE, ROUTE, SOFT, Method
 from sae_lens_route.paper.plan import Run, Settings
 from sae_lens_route.paper.results import (
     THRESHOLD_SHARES,
@@ -20,11 +20,19 @@ from sae_lens_route.paper.results import (
     Trained,
     TrainingShares,
 )
+from sae_lens_route.paper.steering_example import SteeringExample
 
 BLOCKS = [2, 5, 9]
 K, OTHER_K = 16, 8
 SEEDS = [0, 1]
-SINGLE_BLOCK = ("TopK", "TopK, SAELens defaults", "ReLU", "Gated", "JumpReLU")
+SINGLE_BLOCK = (
+    "TopK",
+    "TopK, SAELens defaults",
+    "TopK, SAELens, decoder norm 1",
+    "ReLU",
+    "Gated",
+    "JumpReLU",
+)
 
 
 def row(
@@ -39,6 +47,7 @@ def row(
     route_weight: float = 0.75,
     l0: float = 16.0,
     dead_features: int = 12,
+    dense_features: int = 5,
     loss_recovered: float = 0.875,
     n_parameters: int = 12_345,
 ) -> SweepRow:
@@ -48,7 +57,7 @@ def row(
     blocks = list(share_by_block)
     if label.startswith("Crosscoder"):
         reconstruction = CrosscoderMetrics(
-            100, norm_mse, 0.5, l0, dead_features, dict.fromkeys(blocks, norm_mse)
+            100, norm_mse, 0.5, l0, dead_features, dict.fromkeys(blocks, norm_mse), dense_features
         )
     else:
         reconstruction = ReconstructionMetrics(
@@ -68,6 +77,7 @@ def row(
             norm_mse_matched=norm_mse,
             norm_mse_best=norm_mse,
             regret=0.0,
+            dense_features=dense_features,
         )
     downstream = None
     if kl is not None:
@@ -102,6 +112,7 @@ def counts(run: Run, **changes: Any) -> FeatureCounts:
     """Features of one run: 60, 50, 40, 30, 20 and 10 above the thresholds, 40 where read."""
     fields: dict[str, Any] = {
         "thresholds": [8 * share for share in THRESHOLD_SHARES],
+        "read_at": THRESHOLD_SHARES.index(0.2),
         "n_features": [60, 50, 40, 30, 20, 10],
         "surface_scores": [None, None, 0.7, None, None, None],
         "judge_score": None,
@@ -186,11 +197,13 @@ def made_result(
         "lr": 1e-3,
         "eval_tokens": 100,
         "feature_tokens": 100,
+        "read_share": 0.2,
+        "search_tokens": 250,
         "torch": "2",
     }
     main = [run for run in runs if run.stage in ("main", "sparsity")]
     routers = [method.label for method in METHODS if method.has_twin]
-    scaled = (ROUTE.label, ASSIGNMENT.label, PLAIN_MSE.label)
+    scaled = (ROUTE.label, PLAIN_MSE.label)
     return ReproductionResult(
         settings=Settings(**{**fields, **settings}),
         trained=trained,
@@ -203,6 +216,9 @@ def made_result(
             counts=[counts(run, **features.get(run, {})) for run in main],
             depths=depths or [],
             shown=[shown_feature(7, {2: 0.0, 5: 0.1, 9: 0.9}, kind="pattern")],
+            steering=[
+                SteeringExample(7, ["cat"], "7:set:1.5x", "The | a", "dog", "cat\ncat", 0, 2, 0.25)
+            ],
         ),
         unscaled=[
             SpliceScales(run, 0.25, 1.5, 1.75)

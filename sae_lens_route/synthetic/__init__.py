@@ -1,0 +1,1 @@
+"""Residual streams with known features: routers and dictionaries are scored exactly."""
