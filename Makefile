@@ -28,7 +28,7 @@ demo: $(STAMP)
 reproduce: $(STAMP)
 	$(BIN)/sae-lens-route reproduce --output reproduction --page docs/reproduction.md
 	cp reproduction/*.svg docs/images/
-	cp reproduction/reproduction.json docs/reproduction.json
+	cp reproduction/reproduction.json reproduction/penalties.json docs/
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -210,8 +210,8 @@ def reproduce(
         int | None,
         typer.Option(
             min=1,
-            help="Tokens of each short run that looks for the penalty of a method without k.",
-            show_default="a quarter of the training tokens",
+            help="Tokens of each run that looks for the penalty of a method without k.",
+            show_default="the training tokens",
         ),
     ] = None,
     read_share: Annotated[

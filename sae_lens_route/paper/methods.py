@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
-DEMO_K, DEMO_OTHER_KS, DEMO_TOKENS = 16, (8, 32), 400_000
-"""Sizes that fit the demo model and 45 minutes on two cores."""
+DEMO_K, DEMO_OTHER_KS, DEMO_TOKENS = 16, (8, 32), 250_000
+"""Sizes that fit the demo model and 20 minutes on two cores."""
 
 DEMO_READ_SHARE = 0.2
 """Threshold that the demo's features are read at: they are weaker than Llama's."""

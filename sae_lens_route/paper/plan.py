@@ -86,8 +86,8 @@ class Reproduction:
         eval_tokens: Tokens of it to evaluate on.
         feature_tokens: Tokens of it to read features on.
         output: Folder for everything.
-        search_tokens: Training tokens of each dictionary in the search for penalties; None takes a
-            quarter of the run's.
+        search_tokens: Training tokens of each dictionary in the search for penalties; None takes
+            those of the run.
         read_share: Threshold above which activations are contexts, as a share of sqrt(d_in). The
             paper's 15 is 0.331.
         memory: Bytes that the dictionaries of a group may take in training; None takes three
@@ -136,7 +136,8 @@ class Reproduction:
     @property
     def search_steps(self) -> int:
         """Training steps of each dictionary in the search for penalties."""
-        tokens = self.search_tokens or self.cfg.total_training_steps * self.cfg.step_tokens // 4
+        steps = self.cfg.total_training_steps
+        tokens = self.search_tokens or steps * self.cfg.step_tokens
         return max(1, tokens // self.cfg.step_tokens)
 
     def runs(self) -> list[Run]:
