@@ -185,12 +185,15 @@ def test_the_concurrency_limit_is_kept_and_used(endpoint, tmp_path, limit):
     "refusal", [status(401), status(404), status(402), status(429, (), "insufficient_quota")]
 )
 def test_what_would_fail_for_every_feature_stops_the_run(endpoint, tmp_path, refusal):
-    endpoint.behave = lambda f, nth: refusal if len(endpoint.asked) > 5 else as_text(good_answer(f))
+    def behave(f, nth):
+        return as_text(good_answer(f)) if f in [g for g, _ in endpoint.asked[:5]] else refusal
+
+    endpoint.behave = behave
     path = tmp_path / "r.jsonl"
     with pytest.raises(ValueError, match="the endpoint answers every request with status 4"):
         judge_of(endpoint, concurrency=2).run(plain_table(50), path)
     assert len(endpoint.asked) <= 8
-    assert len(read_results(path)) == 5
+    assert 4 <= len(read_results(path)) <= 5  # one may be under way when the run stops
     endpoint.behave = lambda f, nth: as_text(good_answer(f))
     assert judge_of(endpoint).run(plain_table(50), path).summary.n_valid == 50
 
