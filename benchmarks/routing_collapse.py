@@ -2,7 +2,8 @@
 
     python benchmarks/routing_collapse.py --output benchmarks/results/routing_collapse.json
 
-One stream of activations, many dictionaries with the demo's settings:
+One stream of activations, many dictionaries with the demo's settings, except that `b_dec` starts at
+0 as in the paper's code:
 
 - trained:    the paper's objective;
 - frozen:     the router stays at its random initialization;
@@ -69,7 +70,8 @@ def train_one(
 ) -> tuple[RouteTopKTrainingSAE, float]:
     """A trained SAE, and how far its router moved relative to its initial norm."""
     torch.manual_seed(seed)
-    config = RouteTopKTrainingSAEConfig(cfg.sae.d_in, cfg.sae.d_sae, k=cfg.sae.k, **options)
+    sizes = {"d_in": cfg.sae.d_in, "d_sae": cfg.sae.d_sae, "k": cfg.sae.k}
+    config = RouteTopKTrainingSAEConfig(**sizes, b_dec_init="zeros", **options)
     sae = routed_sae(cfg, config)
     initial = sae.W_router.detach().clone()
     for name in frozen:

@@ -5,7 +5,7 @@
 The comparison of `docs/reproduction.md` at the length of `sae-lens-route demo`: the paper's router,
 a frozen one, the assignment router and a uniform one on one stream, then for each router a random
 one with its shares. Dictionaries have d_sae 1,024 and k 16; all are evaluated on the same held-out
-tokens.
+tokens. `b_dec` starts at 0, as in the paper's code, and p scales x_route under every objective.
 """
 
 from __future__ import annotations
@@ -48,7 +48,11 @@ def compare(training_tokens: int, eval_tokens: int, seeds: int) -> list[Trained]
         return [Trained(run, row) for run, row in zip(entries, result.rows, strict=True)]
 
     runs = [Run(method.label, K, seed) for method in shown_in("routers") for seed in range(seeds)]
-    entries = sweep_entries(runs, cfg, {})
+    as_recorded = {"b_dec_init": "zeros", "scale_by_probability": True}
+    entries = {
+        run: replace(entry, sae=replace(entry.sae, **as_recorded))
+        for run, entry in sweep_entries(runs, cfg, {}, {}).items()
+    }
     routers = trained(entries)
     return routers + trained(share_matched(entries, routers))
 

@@ -28,7 +28,7 @@ from sae_lens.synthetic import LowRankCorrelationConfig
 
 from sae_lens_route.evals.concept_baselines import random_dictionary
 from sae_lens_route.paper.markdown import fill_tables, markdown
-from sae_lens_route.paper.statistics import interval
+from sae_lens_route.paper.statistics import interval, over_seeds
 from sae_lens_route.plots import Span, recovery_by_depth, write_figure
 from sae_lens_route.records import plain, typed
 from sae_lens_route.saes import RouteTopKTrainingSAEConfig
@@ -130,13 +130,6 @@ def run(seed: int, training_tokens: int, eval_tokens: int, lr: float) -> dict[st
     return {name: score_dictionary(streams, d, samples) for name, d in dictionaries.items()}
 
 
-def over_seeds(
-    runs: Sequence[SyntheticScores], value: Callable[[SyntheticScores], float | None], form: str
-) -> str:
-    known = [float(v) for v in map(value, runs) if v is not None]
-    return interval(known).show(form) if known else "-"
-
-
 def recovery_table(scores: Scores) -> str:
     """Reconstruction, F1 and the share of recovered features by depth class."""
     columns: dict[str, tuple[Callable[[SyntheticScores], float | None], str]] = {
@@ -150,7 +143,7 @@ def recovery_table(scores: Scores) -> str:
         "dead": (lambda s: s.dead_latents, ".0f"),
     }
     rows = [
-        [name, *(over_seeds(runs, value, form) for value, form in columns.values())]
+        [name, *(over_seeds(map(value, runs), form) for value, form in columns.values())]
         for name, runs in scores.items()
     ]
     return markdown(["dictionary", *columns], rows)
@@ -172,7 +165,7 @@ def routers_table(scores: Scores) -> str:
     for name, runs in scores.items():
         if all(each.router is not None for each in runs):
             cells = (
-                over_seeds(runs, lambda s, value=value: value(s.router), form)
+                over_seeds((value(each.router) for each in runs), form)
                 for value, form in columns.values()
             )
             rows.append([name, *cells])
@@ -181,8 +174,7 @@ def routers_table(scores: Scores) -> str:
 
 def figure_spans(scores: Scores, names: Iterable[str]) -> dict[str, dict[str, Span]]:
     def span(runs: Sequence[SyntheticScores], depth: str) -> Span:
-        mean, half = interval([each.by_depth[depth].recovered for each in runs])
-        return Span(mean, mean - (half or 0.0), mean + (half or 0.0))
+        return interval([each.by_depth[depth].recovered for each in runs]).span
 
     return {name: {depth: span(scores[name], depth) for depth in DEPTHS} for name in names}
 

@@ -5,7 +5,7 @@
 All see the same tokens in the same order, with the same k, d_sae, learning rate and schedule, and
 are spliced in at the same held-out tokens.
 
-- route:           the RouteSAE of the demo;
+- route:           the RouteSAE of the demo, with `b_dec` from 0 as in the paper's code;
 - topk_layer_norm: SAELens's TopK SAE from SAELens's runner with `layer_norm`. Its loss is taken
                    in the model's units, so the few tokens of large norm have most weight;
 - topk_normalized: SAELens's TopK SAE from SAELens's trainer, on n(x) of block 11 as the paper's
@@ -133,6 +133,7 @@ def compare(seed: int, training_tokens: int, eval_tokens: int) -> dict[str, Any]
     model = load_model("demo")
     with tempfile.TemporaryDirectory() as folder:
         cfg = demo_config(Path(folder) / "route", training_tokens=training_tokens, seed=seed)
+        cfg.sae = replace(cfg.sae, b_dec_init="zeros")
         RouteSAETrainingRunner(cfg, override_model=model).run()
         route = SAE.load_from_disk(Path(folder) / "route")
         topk = train_topk(model, cfg, Path(folder) / "topk")

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig, SAETrainerConfig
 from sae_lens.constants import DTYPE_MAP
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
@@ -22,7 +21,13 @@ from transformer_lens.hook_points import HookedRootModule
 from typing_extensions import override
 
 import sae_lens_route.saes  # noqa: F401  (registers the architectures)
-from sae_lens_route.config_fields import FILLED_IN, ConfigField, did_you_mean, fields_of
+from sae_lens_route.config_fields import (
+    FILLED_IN,
+    ConfigField,
+    did_you_mean,
+    fields_of,
+    read_config_file,
+)
 from sae_lens_route.errors import UserError
 from sae_lens_route.models.kinds import (
     context_length,
@@ -99,6 +104,11 @@ class RouteSAERunnerConfig(LanguageModelSAERunnerConfig[Any]):
         keep_checkpoints: How many of the newest checkpoints are kept; None keeps all.
         on_bad_step: What happens when a loss or an update is not finite: "stop" ends the run, and
             "skip" leaves that update out, for which it keeps a copy of weights and moments.
+        cache_activations: A folder where activations are kept, so that the language model computes
+            them once: what is there is read, and the rest is written. A run that finds all of its
+            activations there does not load the model.
+        cache_dtype: How they are kept: "exact", or "int8", a byte per number and a scale per token
+            and block.
         extend_run: With `resume_from_checkpoint`: train up to `training_tokens`, which is more than
             the run had. The learning rate stays at `lr` until the last 20 % of the added steps.
         extended_from: Tokens after which the run was extended last; filled in.
@@ -122,6 +132,8 @@ class RouteSAERunnerConfig(LanguageModelSAERunnerConfig[Any]):
     checkpoint_path: str | None = None
     keep_checkpoints: int | None = None
     on_bad_step: Literal["stop", "skip"] = "stop"
+    cache_activations: str | None = None
+    cache_dtype: Literal["exact", "int8"] = "exact"
     extend_run: bool = False
     extended_from: int | None = None
     verbose: bool = False
@@ -168,6 +180,13 @@ class RouteSAERunnerConfig(LanguageModelSAERunnerConfig[Any]):
             )
         if self.on_bad_step not in ("stop", "skip"):
             raise UserError(f"on_bad_step={self.on_bad_step!r}: must be 'stop' or 'skip'")
+        if self.cache_dtype not in ("exact", "int8"):
+            raise UserError(f"cache_dtype={self.cache_dtype!r}: must be 'exact' or 'int8'")
+        if self.use_cached_activations or self.cached_activations_path is not None:
+            raise UserError(
+                "use_cached_activations, cached_activations_path: SAELens's cache holds one block; "
+                "name a folder in cache_activations"
+            )
 
     @classmethod
     def from_file(cls, path: str | Path, **overrides: Any) -> RouteSAERunnerConfig:
@@ -229,6 +248,27 @@ class RouteSAERunnerConfig(LanguageModelSAERunnerConfig[Any]):
                 f"sae.d_in={self.sae.d_in}: the residual stream of {self.model_name} has "
                 f"{d_model(model)} dimensions"
             )
+        self._set_blocks()
+
+    def resolve_without_model(self, n_layers: int, width: int, names: Mapping[int, str]) -> bool:
+        """As `resolve`, from the hook names of some blocks; False if they are not enough.
+
+        Args:
+            n_layers: Blocks of the model.
+            width: Dimensions of its residual stream.
+            names: Hook names of the blocks that are known.
+        """
+        blocks = self.routed_blocks or default_routed_blocks(n_layers)
+        found = [names[block] for block in blocks if block in names]
+        complete = len(found) == len(blocks) and self.hook_names in (None, found)
+        if self.d_model != width or not complete:
+            return False
+        self.routed_blocks, self.hook_names = list(blocks), found
+        self._set_blocks()
+        return True
+
+    def _set_blocks(self) -> None:
+        """Fill in what follows from the routed blocks."""
         assert self.routed_blocks is not None
         n_blocks = len(self.routed_blocks)
         if isinstance(self.sae, CrosscoderTrainingConfigMixin):
@@ -358,21 +398,3 @@ def _unknown_field(name: str, architecture: str) -> str:
     known = [name for part in config_fields(architecture).values() for name in part]
     hint = did_you_mean(name, ["architecture", *known])
     return f"unknown field {name!r}{hint} (`sae-lens-route train --help` lists the fields)"
-
-
-def read_config_file(path: str | Path) -> dict[str, Any]:
-    """Fields and values of a YAML or JSON file.
-
-    Raises:
-        UserError: No such file, or it holds something else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"config={str(path)!r}: no such file")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config={str(path)!r}: not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"config={str(path)!r}: must hold fields and values")
-    return {str(name): value for name, value in content.items()}

@@ -8,7 +8,7 @@ import inspect
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -139,3 +139,21 @@ def _names(kind: Any) -> list[str]:
     if origin in (list, tuple):
         return [f"a list of {' or '.join(_names(args[0]))}"]
     return ["a mapping" if origin is dict else getattr(kind, "__name__", str(kind))]
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """Fields and values of a YAML or JSON file.
+
+    Raises:
+        UserError: No such file, or it holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"config={str(path)!r}: no such file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config={str(path)!r}: not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"config={str(path)!r}: must hold fields and values")
+    return {str(name): value for name, value in content.items()}

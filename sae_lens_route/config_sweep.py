@@ -10,15 +10,18 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from sae_lens_route.config import (
     RouteSAERunnerConfig,
-    read_config_file,
     runner_config,
     trainable_architectures,
 )
-from sae_lens_route.config_fields import ConfigField, fields_of
+from sae_lens_route.config_fields import ConfigField, fields_of, read_config_file
 from sae_lens_route.errors import UserError
 from sae_lens_route.saes.kinds import SPARSITY_FIELDS
 
-_BLOCKS = ConfigField("blocks", list[int] | None, None, "Routed blocks that a dictionary reads.")
+_OF_ENTRIES = {
+    "blocks": ConfigField("blocks", list[int] | None, None, "Routed blocks it reads."),
+    "lr": ConfigField("lr", float | None, None, "Its peak learning rate."),
+}
+"""Fields of a dictionary that its training configuration does not have."""
 
 
 class SweepConfig(NamedTuple):
@@ -34,8 +37,9 @@ def sweep_config(path: str | Path, **overrides: Any) -> SweepConfig:
     """A sweep from a YAML or JSON file.
 
     The file holds fields of `RouteSAERunnerConfig`, `runs` (label -> fields of its training
-    configuration, `architecture` and `blocks`; sparsity fields may be lists) and `seeds`. Fields of
-    the training configuration outside `runs` apply to all runs whose architecture has them.
+    configuration, `architecture`, `blocks` and `lr`; sparsity fields may be lists) and `seeds`.
+    Fields of the training configuration outside `runs` apply to all runs whose architecture has
+    them.
 
     Args:
         path: The file.
@@ -75,7 +79,7 @@ def _run_settings(
     architecture = run.get("architecture", "route_topk")
     if architecture not in SAE_TRAINING_CLASS_REGISTRY:
         return run  # `expand_runs` lists the architectures
-    fields = {**fields_of(SAE_TRAINING_CLASS_REGISTRY[architecture][1]), "blocks": _BLOCKS}
+    fields = {**fields_of(SAE_TRAINING_CLASS_REGISTRY[architecture][1]), **_OF_ENTRIES}
     shared = {name for config in trainable_architectures().values() for name in fields_of(config)}
     settings: dict[str, Any] = {"d_sae": cfg.sae.d_sae, "device": cfg.device, "dtype": cfg.dtype}
     settings |= {

@@ -76,7 +76,7 @@ def routing_weights(metrics: Mapping[str, ReconstructionMetrics]) -> go.Figure:
     """Share of the tokens routed to each block, and its mean route probability (paper, Figure 9).
 
     Args:
-        metrics: Evaluations by the name of their text, such as "train" and "held-out".
+        metrics: Evaluations by the name of their router, or of their text.
     """
     figure = _figure("Routing weights", "block", "share of tokens, mean probability")
     for i, (name, result) in enumerate(metrics.items()):
@@ -89,11 +89,12 @@ def routing_weights(metrics: Mapping[str, ReconstructionMetrics]) -> go.Figure:
     return figure
 
 
-def training_curve(records: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """Loss over tokens, from the lines of `train_log.jsonl`."""
+def training_curves(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> go.Figure:
+    """Loss over tokens, from the lines of `train_log.jsonl` by SAE."""
     figure = _figure("Training", "tokens", "loss")
-    tokens, losses = ([record[name] for record in records] for name in ("tokens", "loss"))
-    _add_line(figure, tokens, losses, "loss", 0, mode="lines")
+    for i, (name, of_sae) in enumerate(records.items()):
+        tokens, losses = ([record[field] for record in of_sae] for field in ("tokens", "loss"))
+        _add_line(figure, tokens, losses, name, i, mode="lines")
     return figure
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from types import UnionType
@@ -17,6 +19,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: plain(field) for name, field in value.items()}
     return [plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def as_json(value: Any) -> str:
+    """Records as JSON that people read and compare: indented, but a list of numbers is one line."""
+    text = json.dumps(plain(value), indent=1)
+    numbers = re.compile(r"\[\s+(-?\d[^\[\]{}\":]*?)\s+\]")
+    return numbers.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
 def typed(kind: Any, value: Any) -> Any:

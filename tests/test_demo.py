@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from sae_lens import SAE
 
 from sae_lens_route.data.demo_corpus import documents
 from sae_lens_route.demo import run_demo
@@ -20,12 +21,25 @@ def demo(tmp_path_factory):
 def test_writes_everything_it_names(demo):
     report, output = demo
     assert json.loads((output / "report.json").read_text()) == report
-    for name in ["sae/cfg.json", "sae/sae_weights.safetensors", *report["figures"]]:
-        assert (output / name).stat().st_size > 0, name
-    assert sum(report["share_per_block"].values()) == pytest.approx(1)
-    assert list(report["share_per_block"]) == [str(i) for i in range(3, 12)]
-    assert report["l0"] <= 16
-    assert 0 < report["norm_mse"] < 1
+    assert all((output / name).stat().st_size > 0 for name in report["figures"])
+    for router, objective in (("paper", "reconstruction"), ("assignment", "assignment")):
+        sae = SAE.load_from_disk(output / router)
+        assert sae.cfg.scale_by_probability == (router == "paper")
+        trained = json.loads((output / router / "runner_cfg.json").read_text())["sae"]
+        assert trained["router_objective"] == objective
+        held_out = report["held_out"][router]
+        metrics = held_out["reconstruction"]
+        assert sum(metrics["share_by_block"].values()) == pytest.approx(1)
+        assert list(metrics["share_by_block"]) == [str(i) for i in range(3, 12)]
+        assert metrics["l0"] <= 16 and 0 < metrics["norm_mse"] < 1
+        assert held_out["downstream"]["kl"] > 0 and held_out["downstream_unscaled"]["kl"] > 0
+
+
+def test_both_routers_are_drawn(demo):
+    _, output = demo
+    for name in ("routing_weights", "training"):
+        drawn = (output / f"{name}.svg").read_text()
+        assert "paper" in drawn and "assignment" in drawn
 
 
 def test_figures_need_no_network(demo):

@@ -21,7 +21,7 @@ from sae_lens_route.plots import (
     routing_weights,
     threshold_curves,
     tradeoff,
-    training_curve,
+    training_curves,
     write_figure,
 )
 
@@ -58,8 +58,9 @@ def test_the_axes_of_a_tradeoff_are_named():
 
 def test_a_training_curve_is_loss_over_tokens():
     records = [{"tokens": 64, "loss": 0.5}, {"tokens": 128, "loss": 0.25}]
-    (line,) = training_curve(records).data
-    assert (list(line.x), list(line.y)) == ([64, 128], [0.5, 0.25])
+    line, other = training_curves({"a": records, "b": records[:1]}).data
+    assert (line.name, list(line.x), list(line.y)) == ("a", [64, 128], [0.5, 0.25])
+    assert (other.name, list(other.x)) == ("b", [64]) and other.line.color != line.line.color
 
 
 def test_shares_are_means_over_runs_at_the_models_blocks():
@@ -115,7 +116,7 @@ def test_profiles_are_relative_to_the_largest_activation():
 
 
 def test_a_figure_is_written_twice_and_the_same_each_time(tmp_path):
-    figure = training_curve([{"tokens": 64, "loss": 0.5}, {"tokens": 128, "loss": 0.25}])
+    figure = training_curves({"a": [{"tokens": 64, "loss": 0.5}, {"tokens": 128, "loss": 0.25}]})
     html, svg = write_figure(figure, tmp_path / "a" / "loss")
     assert "Plotly.newPlot" in html.read_text() and "<script src=" not in html.read_text()
     assert write_figure(figure, tmp_path / "b" / "loss")[1].read_bytes() == svg.read_bytes()

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from sae_lens_route.records import plain, typed
+from sae_lens_route.records import as_json, plain, typed
 
 
 class Point(NamedTuple):
@@ -75,3 +75,16 @@ def test_other_fields_are_errors() -> None:
         typed(Point, {"z": 1})
     with pytest.raises(TypeError):
         typed(Point, {"y": 1.0})
+
+
+def test_lists_of_numbers_are_one_line_and_everything_is_read_back():
+    values = {
+        "numbers": [1, -2.5, 1e-07, 3.0],
+        "text": ["1, 2", "[3]"],
+        "rows": [{"a": [1], "b": []}, [[1, 2], [3]]],
+        "mixed": [1, None, "x"],
+        "note": "a [1,\n 2] in text",
+    }
+    text = as_json(values)
+    assert json.loads(text) == values
+    assert ' "numbers": [1, -2.5, 1e-07, 3.0],\n' in text and "[1, 2],\n" in text

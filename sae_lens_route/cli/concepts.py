@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -71,6 +70,7 @@ def concepts(
     )
     from sae_lens_route.paper.markdown import fill_tables, markdown
     from sae_lens_route.plots import write_figure
+    from sae_lens_route.records import as_json
     from sae_lens_route.splice.language_model import load_model_of
 
     if page is not None and not page.exists():
@@ -113,10 +113,10 @@ def concepts(
     print_table(*depth)
     content = result.to_dict()
     files = [output / "concepts.json", output / "summary.json"]
-    files[0].write_text(json.dumps(content, indent=1) + "\n")
+    files[0].write_text(as_json(content))
     for scores in content["dictionaries"].values():
         del scores["concepts"]
-    files[1].write_text(json.dumps(content, indent=1) + "\n")
+    files[1].write_text(as_json(content))
     for name, figure in report.figures().items():
         files += write_figure(figure, output / name)
     if page is not None:

@@ -40,7 +40,8 @@ def train(
     """Train a RouteSAE or a crosscoder on a language model's activations."""
     import yaml
 
-    from sae_lens_route.config import read_config_file, runner_config
+    from sae_lens_route.config import runner_config
+    from sae_lens_route.config_fields import read_config_file
     from sae_lens_route.training.resume import resumed_config
     from sae_lens_route.training.runner import RouteSAETrainingRunner
 
@@ -59,6 +60,39 @@ def train(
         return
     runner.run()
     typer.echo(f"wrote {cfg.output_path}")
+
+
+@app.command(cls=FieldCommand)
+def cache(
+    config: Annotated[
+        Path | None, typer.Option(help="A run as `train --config` takes it; options override it.")
+    ] = None,
+) -> None:
+    """Write the activations of a run to --cache-activations, for runs that train on them."""
+    from sae_lens_route.config import runner_config
+    from sae_lens_route.config_fields import read_config_file
+    from sae_lens_route.data.activation_cache import write_cache
+    from sae_lens_route.models.load import load_model
+
+    fields = {**(read_config_file(config) if config else {}), **given_fields()}
+    for name in ("runs", "seeds"):  # of a sweep, which reads the same
+        fields.pop(name, None)
+    cfg = runner_config(fields)
+    if cfg.cache_activations is None:
+        raise UserError("--cache-activations: name a folder for the activations")
+    model = load_model(
+        cfg.model_name,
+        cfg.model_class_name,
+        device=cfg.llm_device or cfg.device,
+        hook_names=cfg.hook_names,
+        **(cfg.model_from_pretrained_kwargs or {}),
+    )
+    shards = write_cache(cfg, model)
+    n_bytes = shards.n_rows * shards.manifest.row_bytes
+    typer.echo(
+        f"wrote {shards.n_rows:,} tokens x {len(shards.manifest.blocks)} blocks, "
+        f"{n_bytes / 1e9:.2f} GB, to {cfg.cache_activations}"
+    )
 
 
 def _print_plan(cfg: RouteSAERunnerConfig, memory: dict[str, int]) -> None:
@@ -169,21 +203,35 @@ def _print_dictionaries(runner: SweepRunner) -> None:
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="A new folder.")] = Path("demo-output"),
-    training_tokens: Annotated[int, typer.Option(min=10_000)] = 1_000_000,
+    training_tokens: Annotated[int, typer.Option(min=10_000)] = 500_000,
     eval_tokens: Annotated[int, typer.Option(min=1_000)] = 30_000,
-    seed: Annotated[int, typer.Option(help="Seed of the SAE's weights.")] = 42,
+    seed: Annotated[int, typer.Option(help="Seed of the SAEs' weights.")] = 42,
 ) -> None:
-    """Train and evaluate a RouteSAE of the embedded language model, without downloads."""
+    """Train two RouteSAEs of the embedded language model, without downloads, and compare them."""
     from sae_lens_route.demo import run_demo
 
     report = run_demo(output, training_tokens=training_tokens, eval_tokens=eval_tokens, seed=seed)
-    shares = "  ".join(f"{b}:{s:.0%}" for b, s in report["share_per_block"].items())
+    rebuilt = {name: each["reconstruction"] for name, each in report["held_out"].items()}
+    rows = [
+        [
+            name,
+            f"{metrics['norm_mse']:.4f}",
+            f"{report['held_out'][name]['downstream']['kl']:.4f}",
+            f"{report['held_out'][name]['downstream']['loss_recovered']:.3f}",
+            metrics["dead_features"],
+            metrics["dense_features"],
+            *(f"{share:.0%}" for share in metrics["share_by_block"].values()),
+        ]
+        for name, metrics in rebuilt.items()
+    ]
+    blocks = next(iter(rebuilt.values()))["share_by_block"]
+    header = ["router", "NormMSE", "KL", "loss recovered", "dead", "dense"]
+    print_table([*header, *(f"block {block}" for block in blocks)], rows)
     typer.echo(
-        f"held-out NormMSE {report['norm_mse']:.4f}, L0 {report['l0']:.1f}, dead features "
-        f"{report['dead_features']}, {report['tokens_per_second']:,.0f} tokens/s\n"
-        f"share per block  {shares}"
+        f"held-out text; KL in nats per token; {report['training_tokens']:,} tokens at "
+        f"{report['tokens_per_second']:,.0f} a second, {report['seconds']:.0f} s in all"
     )
-    for name in ["sae/", "report.json", *report["figures"]]:
+    for name in [*(f"{router}/" for router in rebuilt), "report.json", *report["figures"]]:
         typer.echo(f"wrote {output / name}")
 
 
@@ -201,6 +249,13 @@ def reproduce(
         list[int] | None, typer.Option(help="Another sparsity for the trade-off; repeatable.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of the main comparison.")] = 3,
+    without: Annotated[
+        list[str] | None, typer.Option(help="A method to leave out, by its label; repeatable.")
+    ] = None,
+    training_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of each dictionary.", show_default="the configuration's"),
+    ] = None,
     dataset: Dataset = None,
     eval_tokens: EvalTokens = 20_000,
     feature_tokens: Annotated[
@@ -253,11 +308,12 @@ def reproduce(
     if page is not None and not page.exists():
         raise UserError(f"--page={str(page)!r}: no such file")
     if config is None:
-        cfg = demo_config(output, training_tokens=DEMO_TOKENS)
+        cfg = demo_config(output, training_tokens=training_tokens or DEMO_TOKENS)
         k, other_k = k or DEMO_K, list(DEMO_OTHER_KS) if other_k is None else other_k
         read_share = DEMO_READ_SHARE if read_share is None else read_share
     else:
-        cfg = RouteSAERunnerConfig.from_file(config)
+        tokens = {} if training_tokens is None else {"training_tokens": training_tokens}
+        cfg = RouteSAERunnerConfig.from_file(config, **tokens)
         k = k or getattr(cfg.sae, "k", None)
         if k is None:
             raise UserError("--k: give the sparsity of the main comparison")
@@ -270,6 +326,7 @@ def reproduce(
         eval_tokens=eval_tokens,
         feature_tokens=feature_tokens,
         output=output,
+        without=tuple(without or ()),
         search_tokens=search_tokens,
         read_share=PAPER_SHARE if read_share is None else read_share,
         memory=None if memory is None else int(memory * 1e9),

@@ -25,7 +25,6 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
-from sae_lens import logger
 from sae_lens.config import HfDataset
 from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
 from sae_lens.training.activations_store import ActivationsStore
@@ -35,14 +34,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_route.config import RouteSAERunnerConfig
-from sae_lens_route.data.kept_stream import ForwardPass, KeptStream
+from sae_lens_route.data.activation_shards import ActivationShards
+from sae_lens_route.data.cached_passes import CachedPasses
+from sae_lens_route.data.kept_stream import ForwardPass, PassSource
 from sae_lens_route.data.kept_tokens import KeptTokens, excluded_token_ids
 from sae_lens_route.data.row_digest import RowDigest
 from sae_lens_route.data.rows import checked_rows, text_problem, tokens_problem
-from sae_lens_route.data.shuffle_buffer import ShuffleBuffer
 from sae_lens_route.data.text import load_text_dataset
+from sae_lens_route.data.training_batches import BatchLayout, TrainingBatches
 from sae_lens_route.errors import UserError
-from sae_lens_route.memory import require_memory
 from sae_lens_route.models.kinds import LanguageModel, d_model, vocabulary_size
 from sae_lens_route.saes.metadata import source_hook_names
 
@@ -123,7 +123,8 @@ class RoutedActivationsStore(ActivationsStore):
 
     hook_names: list[str]
     text_sha256: str = ""
-    """Of the contexts of the first step: tells one text, or tokenizer, from another."""
+    """Of the contexts of the first pass: tells one text, or tokenizer, from another."""
+    _shards: ActivationShards | None
 
     @classmethod
     @override
@@ -188,7 +189,7 @@ class RoutedActivationsStore(ActivationsStore):
         self.exclude_special_tokens = torch.tensor(ids, device=self.device) if ids else None
         self.model_lock = threading.RLock()
         self._vocabulary_size = vocabulary_size(self.model)
-        self._seed = seed
+        self._seed, self._shards = seed, None
         self._rewind()
 
     def _rewind(self) -> None:
@@ -197,10 +198,27 @@ class RoutedActivationsStore(ActivationsStore):
         self._dataloader = None
         self._n_sequences = self.n_dataset_processed = 0
         self._rows_read = RowDigest()
-        self._stream = KeptStream(self._next_pass, self._skip_to)
-        self._buffer = ShuffleBuffer(
-            self._stream, self._batches_per_round, self.train_batch_size_tokens, self._seed
-        )
+        self._batches = TrainingBatches(self.passes(), self.layout)
+
+    def passes(self) -> PassSource:
+        """Where its passes come from: the model, or a cache with the model behind it."""
+        if self._shards is None:
+            return self
+        blocks = self._shards.manifest.hook_names
+        positions = [blocks.index(name) for name in self.hook_names]
+        n = self.store_batch_size_prompts
+        return CachedPasses(self._shards, positions, n, self, self.model_lock)
+
+    def read_through(self, shards: ActivationShards) -> None:
+        """From the start of the text: read the passes of a cache, and append to it."""
+        self._shards = shards
+        self._rewind()
+
+    def close(self) -> None:
+        """Write the rest of what was computed to the cache, if there is one."""
+        if self._shards is not None:
+            with self.model_lock:
+                self._shards.close()
 
     def from_the_start(self) -> RoutedActivationsStore:
         """Another store on the same text and model, at the start of the text."""
@@ -243,7 +261,8 @@ class RoutedActivationsStore(ActivationsStore):
                 f"no token of the first {len(first)} contexts is kept: change "
                 f"exclude_special_tokens or seqpos_slice={self.seqpos_slice}"
             )
-        self.text_sha256 = hashlib.sha256(contexts.cpu().numpy().tobytes()).hexdigest()
+        first_pass = contexts[: self.store_batch_size_prompts].cpu().numpy()
+        self.text_sha256 = hashlib.sha256(first_pass.tobytes()).hexdigest()
         self.iterable_sequences = itertools.chain(first, self.iterable_sequences)  # type: ignore
 
     @override
@@ -283,7 +302,8 @@ class RoutedActivationsStore(ActivationsStore):
             self.model, tokens, self.hook_names, self.autocast_lm, self.model_kwargs
         )
 
-    def _next_pass(self) -> ForwardPass:
+    def next_pass(self) -> ForwardPass:
+        """Run the model on the next contexts."""
         first_sequence = self._n_sequences
         with self.model_lock:
             tokens = self.get_batch_tokens()
@@ -301,14 +321,11 @@ class RoutedActivationsStore(ActivationsStore):
                     "load it in another dtype, or leave that block out of routed_blocks"
                 )
 
-    def _skip_to(self, n_sequences: int) -> None:
-        while self._n_sequences < n_sequences:
-            n = min(self.store_batch_size_prompts, n_sequences - self._n_sequences)
+    def skip_to(self, n_contexts: int) -> None:
+        """Read the text up to a number of contexts, without the model."""
+        while self._n_sequences < n_contexts:
+            n = min(self.store_batch_size_prompts, n_contexts - self._n_sequences)
             self.get_batch_tokens(n, move_to_model_device=False)
-
-    def _empty(self, n_tokens: int) -> Tensor:
-        shape = (n_tokens, len(self.hook_names), d_model(self.model))
-        return torch.empty(shape, dtype=self._stream_dtype(), device=self.device)
 
     def _stream_dtype(self) -> torch.dtype:
         """Dtype in which the model adds up its residual streams, and in which they are kept.
@@ -320,74 +337,39 @@ class RoutedActivationsStore(ActivationsStore):
         return torch.promote_types(dtype, torch.bfloat16) if self.autocast_lm else dtype
 
     @property
-    def buffer_tokens(self) -> int:
-        """Tokens in the shuffle buffer; 0 when tokens are read in order."""
-        if self.activations_mixing_fraction == 0:
-            return 0
-        contexts = self.n_batches_in_buffer * self.store_batch_size_prompts
-        return contexts * self.training_context_size
-
-    @property
-    def _batches_per_round(self) -> int:
-        """Batches that are served before their rows of the shuffle buffer are filled again."""
-        n_served = int(self.buffer_tokens * (1 - self.activations_mixing_fraction))
-        return max(1, n_served // self.train_batch_size_tokens)
+    def layout(self) -> BatchLayout:
+        """What its batches are made of."""
+        return BatchLayout(
+            n_blocks=len(self.hook_names),
+            width=d_model(self.model),
+            dtype=self._stream_dtype(),
+            device=torch.device(self.device),
+            batch_size=self.train_batch_size_tokens,
+            pass_tokens=self.store_batch_size_prompts * self.training_context_size,
+            n_batches_in_buffer=self.n_batches_in_buffer,
+            kept_share=self.activations_mixing_fraction,
+            seed=self._seed,
+        )
 
     @override
     def get_data_loader(self) -> Iterator[Float[Tensor, "tokens L d"]]:
         """Endless batches of `train_batch_size_tokens` tokens."""
-        return self._shuffled() if self.buffer_tokens else self._in_order()
-
-    def _in_order(self) -> Iterator[Tensor]:
-        while True:
-            # a new tensor each time, because prefetching holds several batches at once
-            batch = self._empty(self.train_batch_size_tokens)
-            self._stream.fill(batch)
-            yield batch
-
-    def _shuffled(self) -> Iterator[Tensor]:
-        n, batch_size = self.buffer_tokens, self.train_batch_size_tokens
-        if n < batch_size:
-            raise UserError(
-                f"n_batches_in_buffer={self.n_batches_in_buffer}: the shuffle buffer would hold "
-                f"{n:,} tokens, fewer than train_batch_size_tokens={batch_size:,}"
-            )
-        n_blocks, width = len(self.hook_names), d_model(self.model)
-        n_bytes = n * n_blocks * width * self._stream_dtype().itemsize
-        logger.info(
-            f"shuffle buffer: {n:,} tokens x {n_blocks} blocks x {width} = "
-            f"{n_bytes / 1e9:.2f} GB on {self.device}"
-        )
-        require_memory(n_bytes, self.device, "n_batches_in_buffer", self.n_batches_in_buffer)
-        yield from self._buffer.batches(self._empty(n))
+        return iter(self._batches)
 
     @override
     def state_dict(self) -> dict[str, Tensor]:
         """The position after the last batch; see the module's docstring."""
-        first_context, n_used = self._stream.position
         return {
             "n_dataset_processed": torch.tensor(self.n_dataset_processed),
-            "n_sequences": torch.tensor(first_context),
-            "n_used": torch.tensor(n_used),
             **self._rows_read.state(self._n_sequences),
-            **self._buffer.state(),
+            **self._batches.state(),
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go to a position: skip the text before it, run again the passes that are still in use.
-
-        Raises:
-            UserError: the text before it is another one. With a shuffle buffer, the first batch
-                raises this.
-        """
+        """Go to a position, as `TrainingBatches.load` does."""
         self._rewind()
         self._rows_read.expect(state)
-        position = int(state["n_sequences"]), int(state["n_used"])
-        if "buffer_sources" in state:
-            self._buffer.load(state)
-            self._stream.expect(*position)
-        else:
-            self._stream.go_to(*position)
+        self._batches.load(state)
 
     @override
     def load_from_checkpoint(self, checkpoint_path: str | Path) -> None:

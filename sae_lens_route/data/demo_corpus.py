@@ -8,11 +8,9 @@ falls on the same side, so held-out text is never a near copy of training text.
 from __future__ import annotations
 
 import hashlib
-import importlib.machinery
-import importlib.util
-import pydoc
+import json
 import random
-import re
+import subprocess
 import sys
 import sysconfig
 import tokenize
@@ -92,15 +90,17 @@ def _reference_topics() -> Iterator[tuple[str, str]]:
 
 
 def _c_module_help() -> Iterator[tuple[str, str]]:
-    extension = tuple(importlib.machinery.EXTENSION_SUFFIXES)
-    for name in sorted(sys.stdlib_module_names):
-        if name.startswith(("_", "xx")):
-            continue
-        try:
-            spec = importlib.util.find_spec(name)
-            if spec and (spec.origin == "built-in" or str(spec.origin).endswith(extension)):
-                page = pydoc.plain(pydoc.render_doc(name))
-                # the sections after these headings differ between machines (sys.path, file names)
-                yield name, re.split(r"\n(?:DATA|FILE)\n", page)[0]
-        except (ImportError, pydoc.ErrorDuringImport):
-            continue
+    """Help pages of the modules without source.
+
+    Rendered by an interpreter of its own: pydoc shows what the modules are at the time, so pages
+    depend on what has been imported (subclasses, functions that a debugger or pytest replaces).
+    """
+    command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("module_help.py"))]
+    try:
+        done = subprocess.run(command, capture_output=True, check=True, encoding="utf-8")
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"the demo corpus cannot be made, because {sys.executable!r} does not run "
+            f"({type(error).__name__}); set dataset_path to another dataset than 'demo'"
+        ) from error
+    yield from json.loads(done.stdout)

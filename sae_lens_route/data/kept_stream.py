@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -26,18 +25,24 @@ class ForwardPass(NamedTuple):
     """How many contexts had been read before this pass."""
 
 
+@runtime_checkable
+class PassSource(Protocol):
+    """Where forward passes come from: the language model, or a cache of what it computed."""
+
+    def next_pass(self) -> ForwardPass:
+        """Of the next contexts."""
+        ...
+
+    def skip_to(self, n_contexts: int) -> None:
+        """Skip the text before a number of contexts; only forwards."""
+        ...
+
+
 class KeptStream:
-    """Reads passes and copies the streams of their kept tokens, each once.
+    """Reads passes and copies the streams of their kept tokens, each once."""
 
-    Args:
-        next_pass: Runs the model on the next contexts.
-        skip_to: Skips the text before a number of contexts; only forwards.
-    """
-
-    def __init__(
-        self, next_pass: Callable[[], ForwardPass], skip_to: Callable[[int], None]
-    ) -> None:
-        self._next_pass, self._skip_to = next_pass, skip_to
+    def __init__(self, source: PassSource) -> None:
+        self._source = source
         self._current: ForwardPass | None = None
         self._position = 0, 0
 
@@ -53,15 +58,15 @@ class KeptStream:
     def go_to(self, first_context: int, n_used: int) -> None:
         """Continue at a position that is not behind the current pass."""
         if self._current is None or self._current.first_context != first_context:
-            self._skip_to(first_context)
-            self._current = self._next_pass() if n_used else None
+            self._source.skip_to(first_context)
+            self._current = self._source.next_pass() if n_used else None
         self._position = first_context, n_used
 
     def pass_at(self, first_context: int) -> ForwardPass:
         """Run the pass that begins at a context again, and make it the current one."""
-        self._skip_to(first_context)
+        self._source.skip_to(first_context)
         self._position = first_context, 0
-        self._current = self._next_pass()
+        self._current = self._source.next_pass()
         return self._current
 
     def fill(
@@ -95,7 +100,7 @@ class KeptStream:
         if self._current is not None and self._position[1] < len(self._current.kept):
             return self._current
         for _ in range(_MOST_EMPTY_PASSES):
-            self._current = self._next_pass()
+            self._current = self._source.next_pass()
             self._position = self._current.first_context, 0
             if len(self._current.kept):
                 return self._current

@@ -21,6 +21,7 @@ from sae_lens_route.data.kept_tokens import KeptTokens
 from sae_lens_route.errors import UserError
 from sae_lens_route.models.kinds import LanguageModel, model_device
 from sae_lens_route.saes.metadata import routed_blocks, source_hook_names
+from sae_lens_route.saes.router import streams_at
 
 Text = str | HfDataset | Int[Tensor, "n pos"]
 """A dataset, a path for `load_text_dataset`, or token ids with one context per row."""
@@ -51,9 +52,7 @@ class ActivationBatch(NamedTuple):
     def of(self, sae: Any) -> Float[Tensor, "batch pos L d"]:
         """The streams that one of the SAEs reads, in the order of its routes, on its device."""
         routes = [self.blocks.index(block) for block in routed_blocks(sae)]
-        reads_all = routes == list(range(len(self.blocks)))
-        streams = self.activations if reads_all else self.activations[..., routes, :]
-        return streams.to(sae.W_dec.device)
+        return streams_at(self.activations, routes).to(sae.W_dec.device)
 
 
 def activation_batches(

@@ -35,6 +35,11 @@ class RowDigest:
         self._sha256.update(len(content).to_bytes(8, "little"))
         self._sha256.update(content)
 
+    @property
+    def hexdigest(self) -> str:
+        """Digest of the rows so far."""
+        return self._sha256.hexdigest()
+
     def state(self, n_contexts: int) -> dict[str, Tensor]:
         """What `expect` takes, where `n_contexts` have been read; empty before the first."""
         n_contexts, digest = self._expected or (n_contexts, self._sha256.digest())

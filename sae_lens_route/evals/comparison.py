@@ -25,7 +25,7 @@ from sae_lens_route.evals.downstream import DownstreamMetrics
 from sae_lens_route.evals.evaluate import ContextMeans, Evaluation, evaluate_all
 from sae_lens_route.evals.reconstruction import CrosscoderMetrics, ReconstructionMetrics
 from sae_lens_route.models.kinds import LanguageModel
-from sae_lens_route.records import plain, typed
+from sae_lens_route.records import as_json, plain, typed
 from sae_lens_route.saes.kinds import SPARSITY_FIELDS
 from sae_lens_route.saes.metadata import routed_blocks
 from sae_lens_route.training.entries import SweepEntry
@@ -73,6 +73,8 @@ class SweepRow:
     reconstruction: ReconstructionMetrics | CrosscoderMetrics
     downstream: DownstreamMetrics | None
     """None under soft routing."""
+    lr: float | None = None
+    """Its own peak learning rate; None where it is the sweep's."""
     by_context: ContextMeans | None = None
     """NormMSE and KL of each context; None in results that predate this field."""
 
@@ -147,8 +149,7 @@ class SweepResult(NamedTuple):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"sweep.{suffix}" for suffix in ("json", "csv", "parquet")]
-        rows = [row.to_dict() for row in self.rows]
-        paths[0].write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        paths[0].write_text(as_json(self.rows), encoding="utf-8")
         flat = [row.flat() for row in self.rows]
         columns = list(dict.fromkeys(column for row in flat for column in row))
         table = pa.table({column: [row.get(column) for row in flat] for column in columns})
@@ -210,6 +211,7 @@ def _row(name: str, entry: SweepEntry, sae: SAE[Any], evaluation: Evaluation) ->
         settings=SweepSettings.of(entry.sae),
         reconstruction=evaluation.reconstruction,
         downstream=evaluation.downstream,
+        lr=entry.lr,
         by_context=evaluation.by_context,
     )
 

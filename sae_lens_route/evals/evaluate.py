@@ -10,7 +10,7 @@ evaluation that is repeated returns the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -93,8 +93,9 @@ def evaluate(
     Raises:
         UserError: there were no tokens, or `sae` is of another kind.
     """
-    options = {"max_tokens": max_tokens, "batch_size": batch_size}
-    return evaluate_all(model, {"": sae}, text, **options, unscaled=True)[""]
+    return evaluate_all(
+        model, {"": sae}, text, max_tokens=max_tokens, batch_size=batch_size, unscaled=True
+    )[""]
 
 
 @torch.no_grad()
@@ -105,6 +106,7 @@ def evaluate_all(
     *,
     max_tokens: int = 50_000,
     batch_size: int = 8,
+    splice: bool = True,
     unscaled: bool = False,
 ) -> dict[str, Evaluation]:
     """Evaluate many SAEs of one model on the same text, read once, with one clean pass for all.
@@ -115,12 +117,15 @@ def evaluate_all(
         text: The text to read.
         max_tokens: Tokens to read, excluded ones included.
         batch_size: Contexts in one forward pass.
+        splice: Whether the model is run with each SAE in it; without, only the metrics of
+            activations are measured.
         unscaled: Also splice without p, as the paper's code does.
 
     Raises:
         UserError: there were no tokens, two SAEs read text differently, or one is of another kind.
     """
-    sums = {name: _EvaluationSums(model, sae, unscaled) for name, sae in saes.items()}
+    conventions = ((False, True) if unscaled else (False,)) if splice else ()
+    sums = {name: _EvaluationSums(model, sae, conventions) for name, sae in saes.items()}
     needs_clean = any(each.downstream for each in sums.values())
     size = {"max_tokens": max_tokens, "batch_size": batch_size}
     for batch in activation_batches(
@@ -133,9 +138,15 @@ def evaluate_all(
 
 
 class _EvaluationSums:
-    """Running sums of all metrics of one SAE."""
+    """Running sums of all metrics of one SAE.
 
-    def __init__(self, model: LanguageModel, sae: SAE[Any], unscaled: bool) -> None:
+    Args:
+        model: The model it was trained on.
+        sae: A RouteSAE or a crosscoder.
+        conventions: Of the splices to measure: False with p, True without.
+    """
+
+    def __init__(self, model: LanguageModel, sae: SAE[Any], conventions: Iterable[bool]) -> None:
         if is_crosscoder(sae):
             self.sae, self.reconstruction = sae, CrosscoderSums(sae)
         elif isinstance(sae, RoutedSAEMixin):
@@ -146,11 +157,10 @@ class _EvaluationSums:
                 "SAELens's run_evals"
             )
         self.draws = uniform_draws(sae)
-        conventions = (False, True) if unscaled and not is_crosscoder(sae) else (False,)
         self.downstream = {
             convention: DownstreamSums(model, self.sae, convention)
             for convention in conventions
-            if not is_soft(sae)
+            if not is_soft(sae) and not (convention and is_crosscoder(sae))
         }
         self.by_context: dict[str, list[torch.Tensor]] = {"tokens": [], "norm_mse": [], "kl": []}
 

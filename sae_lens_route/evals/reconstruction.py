@@ -21,7 +21,6 @@ from sae_lens_route.saes.loss import norm_mse
 from sae_lens_route.saes.metadata import routed_blocks
 from sae_lens_route.saes.reconstruct import reconstruct_and_count
 from sae_lens_route.saes.routed import RoutedSAEMixin
-from sae_lens_route.saes.router import Routing
 
 DENSE_SHARE = 0.1
 """Share of the tokens above which a feature is dense."""
@@ -133,7 +132,7 @@ class ReconstructionSums:
         x_hat, fired = reconstruct_and_count(self.sae, routing.x_route)
         # from batch to batch, the first token to compare moves on as if they were one
         compared = slice(-self.n % COMPARED, None, COMPARED)
-        errors = self.sae.route_errors(x[compared], Routing(*(part[compared] for part in routing)))
+        errors = self.sae.route_errors(x[compared], routing.of(compared))
         error = norm_mse(x_hat, routing.x_route)
         chosen = torch.nn.functional.one_hot(routing.route, x.shape[-2]).to(torch.float64)
         top = routing.probs.topk(min(2, x.shape[-2]), dim=-1).values

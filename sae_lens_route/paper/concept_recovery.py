@@ -33,7 +33,7 @@ from sae_lens_route.evals.concepts import (
     DictionaryScores,
     LevelScore,
 )
-from sae_lens_route.paper.statistics import interval
+from sae_lens_route.paper.statistics import interval, over_seeds
 from sae_lens_route.plots import (
     Span,
     concept_depth,
@@ -184,8 +184,8 @@ class RecoveryReport:
         rows = [
             [
                 label,
-                _over_seeds(runs, lambda row: row.norm_mse),
-                _over_seeds(runs, lambda row: row.kl),
+                over_seeds(each.row and each.row.norm_mse for each in runs),
+                over_seeds(each.row and each.row.kl for each in runs),
                 *self._cells(self._of(runs)),
                 _agreement(runs),
             ]
@@ -262,36 +262,22 @@ class RecoveryReport:
         return {**by_level, "all": mean(lambda s: s.overall)}
 
     def _cells(self, runs: Sequence[DictionaryScores]) -> list[str]:
-        def shown(values: Iterable[float], form: str) -> str:
-            return interval(list(values)).show(form)
-
         return [
-            *(shown((run.levels[level].f1 for run in runs), ".3f") for level in self.levels),
-            shown((run.overall.f1 for run in runs), ".3f"),
-            shown((float(run.overall.precise_features) for run in runs), ".0f"),
-            shown((float(run.dense_features) for run in runs), ".0f"),
-            shown((float(run.dead_features) for run in runs), ".0f"),
+            *(over_seeds(run.levels[level].f1 for run in runs) for level in self.levels),
+            over_seeds(run.overall.f1 for run in runs),
+            over_seeds((run.overall.precise_features for run in runs), ".0f"),
+            over_seeds((run.dense_features for run in runs), ".0f"),
+            over_seeds((run.dead_features for run in runs), ".0f"),
         ]
 
     def _spans(self, runs: Sequence[DictionaryScores]) -> dict[str, Span]:
         def span(of: Callable[[DictionaryScores], LevelScore]) -> Span:
             if len(runs) == 1:
                 return Span(of(runs[0]).f1, *of(runs[0]).f1_interval)
-            return _span([of(run).f1 for run in runs])
+            return interval([of(run).f1 for run in runs]).span
 
         by_level = {level: span(lambda s, at=level: s.levels[at]) for level in self.levels}
         return {**by_level, "all": span(lambda s: s.overall)}
-
-
-def _over_seeds(runs: Sequence[Dictionary], metric: Callable[[SweepRow], float | None]) -> str:
-    values = [None if each.row is None else metric(each.row) for each in runs]
-    known = [value for value in values if value is not None]
-    return interval(known).show(".3f") if known else "-"
-
-
-def _span(values: Sequence[float]) -> Span:
-    mean, half_width = interval(values)
-    return Span(mean, mean - (half_width or 0.0), mean + (half_width or 0.0))
 
 
 def _mean_blocks(runs: Iterable[DictionaryScores], level: str) -> list[float]:

@@ -36,7 +36,7 @@ from sae_lens_route.paper.steering_example import steering_example
 from sae_lens_route.saes.kinds import is_crosscoder
 from sae_lens_route.saes.metadata import routed_blocks
 from sae_lens_route.saes.routed import RoutedSAEMixin, uniform_draws, with_routes
-from sae_lens_route.saes.router import Routing, normalize
+from sae_lens_route.saes.router import normalize
 from sae_lens_route.saes.units import in_units
 
 _MIN_CONTEXTS = 8
@@ -86,7 +86,7 @@ def read_features(
                 read = _read(sae, streams)
             collectors[run].add(batch.tokens, read.acts, read.route, read.weight, batch.kept)
             if by_block is not None and run == shown:
-                by_block.add(streams, read.acts, batch.kept)
+                by_block.add(streams, read, batch.kept)
     counts = [
         _counts(reproduction, run, collector)
         for run, collector in tqdm(collectors.items(), "ranking features")
@@ -131,24 +131,23 @@ class _ActivationByBlock:
     """How strongly features would fire at every block, on the tokens they fire on (Figure 1)."""
 
     def __init__(self, sae: SAE[Any]) -> None:
-        assert isinstance(sae, RoutedSAEMixin)
+        assert isinstance(sae, RoutedSAEMixin)  # with hard routing
         self.sae, self.blocks = sae, routed_blocks(sae)
         self.sums = torch.zeros(sae.cfg.d_sae, len(self.blocks), device=sae.W_dec.device)
 
     def add(
         self,
         streams: Float[Tensor, "batch pos L d"],
-        acts: Float[Tensor, "batch pos d_sae"],
+        read: _Read,
         kept: Bool[Tensor, "batch pos"],
     ) -> None:
-        kept = kept.to(acts.device)
-        fired = (acts > 0)[kept]
+        kept = kept.to(read.acts.device)
+        fired = (read.acts > 0)[kept]
         # at every block with the weight of the one that was chosen, as in `route_errors`
-        routing = Routing(*(part[kept] for part in self.sae.route(streams)))
-        weight = routing.weight.unsqueeze(-1)
+        weight = read.weight[kept].unsqueeze(-1)
         for route, stream in enumerate(streams.unbind(-2)):
-            there = self.sae.encode(weight * normalize(stream[kept]))
-            self.sums[:, route] += (in_units(there, routing, self.sae) * fired).sum(0)
+            there = self.sae.encode(weight * normalize(stream[kept])) / weight
+            self.sums[:, route] += (there * fired).sum(0)
 
     def means(self, profile: FeatureProfile) -> dict[int, float]:
         """Of one feature, by block."""

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from datasets import Dataset
+from torch import Tensor
 
 from sae_lens_route.data.reading import Text
+from sae_lens_route.data.rows import checked_rows, text_problem
 from sae_lens_route.data.text import load_text_dataset
 from sae_lens_route.errors import UserError
 
 _CHARACTERS = 4_000
-"""Of a piece of text: a few contexts. Shorter documents are joined, longer ones divided."""
+"""Of a piece of a longer document: a few contexts."""
+_MOST_PIECES = 20_000
+"""More than any evaluation reads; what follows of a larger text is not looked at."""
 
 
 class HeldOut(NamedTuple):
-    """Two halves of a held-out text that share no document."""
+    """Two halves of a held-out text; one document at most is in both, in different parts."""
 
     validation: Dataset
     """For whatever is chosen by looking at held-out text."""
@@ -38,12 +43,15 @@ def split_held_out(text: Text, seed: int = 0) -> HeldOut:
     Raises:
         UserError: the text is not one of strings, or too short to be divided.
     """
-    if not isinstance(text, str | Dataset):
-        raise UserError(f"held-out text: a {type(text).__name__} has no documents; give a dataset")
-    dataset = load_text_dataset(text, streaming=False) if isinstance(text, str) else text
-    if "text" not in (dataset.column_names or []):
-        raise UserError(f"held-out text: its columns are {dataset.column_names}, without 'text'")
-    pieces = list(_pieces(row["text"] for row in dataset))  # type: ignore[index]
+    if isinstance(text, Tensor):
+        raise UserError("held-out text: token ids have no documents; give a dataset of text")
+    dataset = load_text_dataset(text) if isinstance(text, str) else text
+    if "text" not in (columns := next(iter(dataset), {})):
+        raise UserError(f"held-out text: its columns are {list(columns)}, without 'text'")
+    documents = checked_rows(dataset, "text", text_problem)
+    pieces = list(
+        itertools.islice(itertools.chain.from_iterable(map(_pieces, documents)), _MOST_PIECES)
+    )
     if len(pieces) < 2:
         raise UserError(
             f"held-out text: {sum(map(len, pieces)):,} characters are too few to be divided into "
@@ -57,15 +65,14 @@ def split_held_out(text: Text, seed: int = 0) -> HeldOut:
     )
 
 
-def _pieces(documents: Iterator[str]) -> Iterator[str]:
-    """Text of about `_CHARACTERS` each, divided at lines; nothing is lost."""
+def _pieces(document: str) -> Iterator[str]:
+    """A document in pieces of about `_CHARACTERS`, divided at lines; nothing is lost."""
     piece, size = [], 0
-    for document in documents:
-        for line in document.splitlines(keepends=True):
-            piece.append(line)
-            size += len(line)
-            if size >= _CHARACTERS:
-                yield "".join(piece)
-                piece, size = [], 0
+    for line in document.splitlines(keepends=True):
+        piece.append(line)
+        size += len(line)
+        if size >= _CHARACTERS:
+            yield "".join(piece)
+            piece, size = [], 0
     if piece:
         yield "".join(piece)

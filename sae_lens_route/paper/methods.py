@@ -54,6 +54,7 @@ class Method:
         shown_in: Tables that show it; the tables of all methods show it in any case.
         first_penalty: Where the search for its penalty begins; None if it takes k. Any value will
             do: it only decides how many rounds the search takes.
+        rate_of: Label of the method whose learning rate it takes; None finds its own by trial.
         has_twin: Whether it has a router that is compared with a share-matched random one.
         is_difference: Whether it is a RouteSAE that differs where the paper, its code and SAELens
             do, shown in the table of differences alone.
@@ -63,6 +64,7 @@ class Method:
     settings: Callable[[Target], dict[str, Any]]
     shown_in: tuple[Exhibit, ...] = ()
     first_penalty: Callable[[Target], float] | None = None
+    rate_of: str | None = None
     has_twin: bool = False
     is_difference: bool = False
 
@@ -70,6 +72,11 @@ class Method:
     def is_traded(self) -> bool:
         """Whether it is also trained at the other sparsities."""
         return not _TRADED.isdisjoint(self.shown_in)
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether a reproduction may leave it out: no other method is compared with it."""
+        return "routers" not in self.shown_in and self.label != "TopK"
 
 
 def _topk(**fields: Any) -> Callable[[Target], dict[str, Any]]:
@@ -121,7 +128,7 @@ def _without_last_block(target: Target) -> dict[str, Any]:
 
 
 def _difference(label: str, settings: Callable[[Target], dict[str, Any]]) -> Method:
-    return Method(label, settings, ("differences",), is_difference=True)
+    return Method(label, settings, ("differences",), rate_of="RouteSAE", is_difference=True)
 
 
 METHODS = (
@@ -146,16 +153,17 @@ METHODS = (
     TOPK := Method("TopK", _single_topk(), ("sparsity", "context-rules")),
     Method("TopK, SAELens defaults", _single_topk(architecture="topk")),
     Method("TopK, SAELens, decoder norm 1", _best_of_saelens),
-    RELU := Method("ReLU", _penalized("route_standard"), ("sparsity",), lambda _: 0.375),
-    Method("Gated", _penalized("route_gated"), ("sparsity",), lambda _: 0.61),
+    RELU := Method("ReLU", _penalized("route_standard"), ("sparsity",), lambda _: 0.375, "TopK"),
+    Method("Gated", _penalized("route_gated"), ("sparsity",), lambda _: 0.61, "TopK"),
     JUMPRELU := Method(
-        "JumpReLU", _jumprelu, ("sparsity",), lambda target: 0.079 * target.d_in**0.5
+        "JumpReLU", _jumprelu, ("sparsity",), lambda target: 0.079 * target.d_in**0.5, "TopK"
     ),
     CROSSCODER := Method(
         "Crosscoder",
         _crosscoder,
         ("sparsity",),
         lambda target: 0.065 / (len(target.routed_blocks) * target.d_in) ** 0.5,
+        "Crosscoder, TopK",
     ),
     CROSSCODER_TOPK := Method("Crosscoder, TopK", _topk(architecture="crosscoder_topk")),
     _difference("b_dec from 0 (the paper's code)", _topk(b_dec_init="zeros")),

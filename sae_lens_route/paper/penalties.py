@@ -1,29 +1,32 @@
-"""The penalty with which a method without k has a given L0, found by trial on training text.
+"""The penalty with which a method without k has a given L0, found by trial.
 
 All methods are searched in one sweep a round. The first rounds go up or down from where a method's
 search begins until the wanted L0 lie between those found; the last trains at what interpolation
-says. An L0 is the mean over the last quarter of a run, on text that is trained on once: held-out
-text is not looked at.
+says. An L0 is measured on the validation half of the held-out text: that of ReLU and gated SAEs
+differs between pieces of text by a factor of twenty, so a few steps of training say little.
 
-Trials are as long as the runs they are for. In shorter ones ReLU and gated SAEs have not come down
-to their L0: with a quarter of the demo's steps, 53 to 83 features were active at every coefficient
-from .375 to 76.
+Trials are as long as the runs they are for, because in shorter ones the L0 has not come down yet.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import statistics
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from sae_lens_route.config import RouteSAERunnerConfig
+from sae_lens_route.data.reading import Text
 from sae_lens_route.models.kinds import LanguageModel
-from sae_lens_route.paper.methods import METHODS, Method
-from sae_lens_route.paper.plan import Penalties, Reproduction, Run, sweep_entry, target_of
+from sae_lens_route.paper.methods import Method
+from sae_lens_route.paper.plan import (
+    LearningRates,
+    Penalties,
+    Reproduction,
+    Run,
+    shortened,
+    sweep_entry,
+    target_of,
+)
 from sae_lens_route.paper.stages import cached, groups_of
 
 _FACTORS = (0.4, 1.0, 2.5)
@@ -41,19 +44,32 @@ class Trial(NamedTuple):
     method: str
     penalty: float
     l0: float
-    """Active features per token at its end."""
+    """Active features per token on validation text."""
 
 
-def find_penalties(reproduction: Reproduction, model: LanguageModel) -> Penalties:
+def find_penalties(
+    reproduction: Reproduction,
+    model: LanguageModel,
+    validation: Text,
+    learning_rates: LearningRates,
+) -> Penalties:
     """The penalties of all methods without k, for every k of the reproduction.
 
     `penalties.json` in its folder holds all that was tried; an earlier run's is read.
+
+    Args:
+        reproduction: Text to train on, tokens to evaluate on, and every k.
+        model: The language model.
+        validation: Text to measure L0 on.
+        learning_rates: Of the methods.
     """
     path = reproduction.output / "penalties.json"
-    trials = cached(path, list[Trial], lambda: _search(reproduction, model))
+    trials = cached(
+        path, list[Trial], lambda: _search(reproduction, model, validation, learning_rates)
+    )
     return {
         (method.label, k): penalty_at([t for t in trials if t.method == method.label], float(k))
-        for method in METHODS
+        for method in reproduction.methods
         if method.first_penalty is not None
         for k in _ks(reproduction)
     }
@@ -91,11 +107,17 @@ def _ks(reproduction: Reproduction) -> list[int]:
     return sorted({reproduction.k, *reproduction.other_ks})
 
 
-def _search(reproduction: Reproduction, model: LanguageModel) -> list[Trial]:
-    cfg, ks = _short(reproduction), _ks(reproduction)
+def _search(
+    reproduction: Reproduction,
+    model: LanguageModel,
+    validation: Text,
+    learning_rates: LearningRates,
+) -> list[Trial]:
+    cfg = shortened(reproduction.cfg, reproduction.search_steps)
+    ks, n_tokens = _ks(reproduction), reproduction.eval_tokens
     first = {
         method: method.first_penalty(target_of(cfg, reproduction.k))
-        for method in METHODS
+        for method in reproduction.methods
         if method.first_penalty is not None
     }
     trials: dict[Method, list[Trial]] = {method: [] for method in first}
@@ -106,13 +128,14 @@ def _search(reproduction: Reproduction, model: LanguageModel) -> list[Trial]:
             for method, penalties in wanted.items()
             for i, penalty in enumerate(penalties)
         }
-        entries = {run: sweep_entry(method, run, cfg, p) for run, (method, p) in runs.items()}
+        entries = {
+            run: sweep_entry(method, run, cfg, penalty, learning_rates[method.label])
+            for run, (method, penalty) in runs.items()
+        }
         for group in groups_of(reproduction.output / name, cfg, entries, reproduction.memory):
-            group.train(cfg, model)
-            for label, l0 in _last_l0(group.log()).items():
-                (run,) = (run for run in group.entries if run.name == label)
+            for run, metrics in group.reconstructed(cfg, model, validation, n_tokens).items():
                 method, penalty = runs[run]
-                trials[method].append(Trial(method.label, penalty, l0))
+                trials[method].append(Trial(method.label, penalty, metrics.l0))
 
     wanted = {
         method: [penalty * factor for factor in _FACTORS] for method, penalty in first.items()
@@ -126,19 +149,3 @@ def _search(reproduction: Reproduction, model: LanguageModel) -> list[Trial]:
     last = {method: [penalty_at(of, float(k)) for k in ks] for method, of in trials.items()}
     try_all("penalties-last", last)
     return [trial for of_method in trials.values() for trial in of_method]
-
-
-def _short(reproduction: Reproduction) -> RouteSAERunnerConfig:
-    """The run's configuration for so many steps, with the schedule in proportion."""
-    cfg = reproduction.cfg
-    tokens = reproduction.search_steps * cfg.step_tokens
-    schedule = {"lr_warm_up_steps": None, "lr_decay_steps": None}
-    return replace(cfg, training_tokens=tokens, **schedule)  # type: ignore[arg-type]
-
-
-def _last_l0(log: Iterable[dict[str, float | str]]) -> dict[str, float]:
-    """Mean L0 over the last quarter of the records of each entry."""
-    records: dict[str, list[float]] = defaultdict(list)
-    for record in log:
-        records[str(record["name"])].append(float(record["l0"]))
-    return {name: statistics.fmean(l0[-max(1, len(l0) // 4) :]) for name, l0 in records.items()}

@@ -24,6 +24,7 @@ from sae_lens_route.paper.methods import (
 from sae_lens_route.paper.plan import Stage
 from sae_lens_route.paper.results import (
     FeatureCounts,
+    RateTrial,
     ReproductionResult,
     Trained,
     counted_shares,
@@ -35,6 +36,7 @@ from sae_lens_route.paper.statistics import (
     interval,
     metric_interval,
     metric_of,
+    over_seeds,
     routing_gain,
 )
 
@@ -56,6 +58,7 @@ def tables(result: ReproductionResult) -> dict[str, str]:
     """Every table of the page, in Markdown, by name."""
     return {
         "settings": _settings_table(result),
+        "learning-rates": learning_rates_table(result.learning_rates),
         "routers": routers_table(result.trained),
         "shares": _shares_table(result),
         "methods": _methods_table(result),
@@ -72,12 +75,6 @@ def tables(result: ReproductionResult) -> dict[str, str]:
         "depth": _depth_table(result),
         "steering": _steering_table(result),
     }
-
-
-def _over_seeds(values: Iterable[float | None], form: str = ".3f") -> str:
-    """Mean ± half width of the known values; a dash without any."""
-    known = [value for value in values if value is not None]
-    return interval(known).show(form) if known else "-"
 
 
 def _with_text(runs: Sequence[SweepRow], metric: Metric) -> str:
@@ -99,6 +96,21 @@ def _settings_table(result: ReproductionResult) -> str:
     return markdown(["setting", "value"], asdict(result.settings).items())
 
 
+def learning_rates_table(trials: Sequence[RateTrial]) -> str:
+    """NormMSE of every trial, the lowest of a method in bold."""
+    rates = sorted({trial.lr for trial in trials})
+    errors: dict[str, dict[float, float]] = {}
+    for trial in trials:
+        errors.setdefault(trial.method, {})[trial.lr] = trial.norm_mse
+
+    def cell(of: dict[float, float], lr: float) -> str:
+        shown = _number(of.get(lr), ".3f")
+        return f"**{shown}**" if of.get(lr) == min(of.values()) else shown
+
+    rows = [[method, *(cell(of, lr) for lr in rates)] for method, of in errors.items()]
+    return markdown(["method", *(f"{lr:.2g}" for lr in rates)], rows)
+
+
 def routers_table(trained: Sequence[Trained]) -> str:
     """Routing gain, from the main comparison and the share-matched twins."""
     assignment = {row.seed: row.share_by_block or {} for row in _rows(trained, ASSIGNMENT, "main")}
@@ -113,9 +125,9 @@ def routers_table(trained: Sequence[Trained]) -> str:
             cells += ["-"] * 4
         for metric in _METRICS:
             values = [at_shares(row, assignment[row.seed], metric) for row in runs]
-            cells.append("-" if None in values else _over_seeds(values))
+            cells.append("-" if None in values else over_seeds(values))
         cells.append(f"{min(min((row.share_by_block or {}).values()) for row in runs):.3f}")
-        cells.append(_over_seeds((row.route_weight for row in runs), ".2f"))
+        cells.append(over_seeds((row.route_weight for row in runs), ".2f"))
         rows.append(cells)
     header = ["router", "NormMSE", "KL", "same shares, random: NormMSE", "KL", "gain, NormMSE"]
     header += ["gain, KL", "NormMSE at the assignment's shares", "KL there", "least share"]
@@ -136,7 +148,7 @@ def _shares_table(result: ReproductionResult) -> str:
 def _dense(runs: Iterable[SweepRow]) -> str:
     """Features that fire on more than 10 % of the tokens."""
     counts = (row.reconstruction.dense_features for row in runs)
-    return _over_seeds((None if n is None else float(n) for n in counts), ".0f")
+    return over_seeds((None if n is None else float(n) for n in counts), ".0f")
 
 
 def _loss_recovered(row: SweepRow) -> float | None:
@@ -149,12 +161,12 @@ def _methods_table(result: ReproductionResult) -> str:
             method.label,
             len(runs),
             f"{runs[0].n_parameters:,}",
-            _over_seeds((row.l0 for row in runs), ".1f"),
+            over_seeds((row.l0 for row in runs), ".1f"),
             *(_with_text(runs, metric) for metric in _METRICS),
-            _over_seeds(_loss_recovered(row) for row in runs),
-            _over_seeds((float(row.reconstruction.dead_features) for row in runs), ".0f"),
+            over_seeds(_loss_recovered(row) for row in runs),
+            over_seeds((float(row.reconstruction.dead_features) for row in runs), ".0f"),
             _dense(runs),
-            _over_seeds((row.route_weight for row in runs), ".2f"),
+            over_seeds((row.route_weight for row in runs), ".2f"),
         ]
         for method in METHODS
         if (runs := _rows(result.trained, method, "main"))
@@ -200,12 +212,12 @@ def _differences_table(result: ReproductionResult) -> str:
             bases = [metric_of(route[row.seed], metric) for row in runs]
             changes = [value / base - 1 for value, base in zip(values, bases, strict=True)]
             change = "-" if method == ROUTE else interval(changes).show("+.1%")
-            cells += [_over_seeds(values), change]
+            cells += [over_seeds(values), change]
         last_shares = [(row.share_by_block or {})[row.blocks[-1]] for row in runs]
         dead_features = [float(row.reconstruction.dead_features) for row in runs]
-        cells.append(_over_seeds(last_shares, ".2f"))
-        cells.append(_over_seeds((row.route_weight for row in runs), ".2f"))
-        cells += [_over_seeds(dead_features, ".0f"), _dense(runs)]
+        cells.append(over_seeds(last_shares, ".2f"))
+        cells.append(over_seeds((row.route_weight for row in runs), ".2f"))
+        cells += [over_seeds(dead_features, ".0f"), _dense(runs)]
         rows.append(cells)
     header = ["variant", "NormMSE", "change", "KL", "change", "share of its last block", "mean p"]
     return markdown([*header, "dead features", "dense features"], rows)
@@ -220,7 +232,7 @@ def _context_rules_table(result: ReproductionResult) -> str:
             [counts.more_than_4_contexts for counts in runs],
             [counts.at_most_32_classes for counts in runs],
         ]
-        rows.append([method.label, *(_over_seeds(map(float, rule), ".0f") for rule in rules)])
+        rows.append([method.label, *(over_seeds(map(float, rule), ".0f") for rule in rules)])
     header = ["method", "at least 4 contexts (paper)", "more than 4 (code)"]
     return markdown([*header, "at most 32 token classes (code)"], rows)
 
@@ -230,9 +242,9 @@ def _features_table(result: ReproductionResult) -> str:
     for method in METHODS:
         if runs := of_method(result.features.counts, method, "main"):
             at_thresholds = zip(*(counts.n_features for counts in runs), strict=True)
-            cells = [_over_seeds(map(float, values), ".0f") for values in at_thresholds]
-            cells.append(_over_seeds(counts.surface_score for counts in runs))
-            cells.append(_over_seeds(counts.judge_score for counts in runs))
+            cells = [over_seeds(map(float, values), ".0f") for values in at_thresholds]
+            cells.append(over_seeds(counts.surface_score for counts in runs))
+            cells.append(over_seeds(counts.judge_score for counts in runs))
             rows.append([method.label, *cells])
     shares = counted_shares(result.settings.read_share)
     header = ["method", *(f"features above {share:g} sqrt d" for share in shares)]
@@ -294,7 +306,7 @@ def _paper_table(result: ReproductionResult) -> str:
     for k, (norm_mse, kl, n_features, score) in PAPER_ROUTE_SAE.items():
         runs = [each.row for each in trained if each.run.k == k and matches]
         kls = (None if row.downstream is None else row.downstream.kl_per_512_tokens for row in runs)
-        ours = [_over_seeds(row.norm_mse for row in runs), _over_seeds(kls, ".0f")]
+        ours = [over_seeds(row.norm_mse for row in runs), over_seeds(kls, ".0f")]
         rows.append([k, norm_mse, ours[0], kl, ours[1], n_features, score])
     header = ["k", "NormMSE, paper", "ours", "KL per 512 tokens, paper", "ours"]
     return markdown([*header, "features, paper", "score, paper"], rows)

@@ -1,6 +1,7 @@
 """The paper's experiments on one model, in one command.
 
-1. *Search.* The penalties that bring methods without k to the wanted L0, on training text.
+1. *Search.* The learning rate of each method, and the penalties that bring methods without k to the
+   wanted L0.
 2. *Train.* Every method on one stream of activations, a few seeds each: the main comparison,
    further sparsities, and variants of the RouteSAE where the paper and its code differ.
 3. *Match.* For every router a random twin with the same share of the tokens per block, trained in a
@@ -36,6 +37,7 @@ from sae_lens_route.models.load import load_model
 from sae_lens_route.paper.feature_stage import read_features
 from sae_lens_route.paper.figures import write_figures
 from sae_lens_route.paper.held_out import split_held_out
+from sae_lens_route.paper.learning_rates import best_learning_rates, try_learning_rates
 from sae_lens_route.paper.markdown import fill_tables
 from sae_lens_route.paper.methods import METHODS, shown_in
 from sae_lens_route.paper.penalties import find_penalties
@@ -50,7 +52,7 @@ from sae_lens_route.paper.results import (
     of_method,
 )
 from sae_lens_route.paper.stages import Group, cached, groups_of
-from sae_lens_route.records import plain
+from sae_lens_route.records import as_json
 from sae_lens_route.training.entries import SweepEntry
 
 
@@ -70,7 +72,7 @@ def reproduce(
     started = time.perf_counter()
     output, cfg = reproduction.output, reproduction.cfg
     output.mkdir(parents=True, exist_ok=True)
-    text = split_held_out(reproduction.eval_dataset).test
+    validation, text = split_held_out(reproduction.eval_dataset)
     if model is None:
         model = load_model(
             cfg.model_name,
@@ -79,6 +81,8 @@ def reproduce(
             **(cfg.model_from_pretrained_kwargs or {}),
         )
     cfg.resolve(model)
+    # SAELens's loss for dead features can act only once a feature has not fired for this long
+    cfg.dead_feature_window = min(cfg.dead_feature_window, max(1, cfg.total_training_steps // 4))
     settings = reproduction.settings()
     _require_same_settings(output, settings)
 
@@ -87,8 +91,10 @@ def reproduce(
         done = [group.evaluated(cfg, model, text, reproduction.eval_tokens) for group in groups]
         return groups, [each for of_group in done for each in of_group]
 
-    penalties = find_penalties(reproduction, model)
-    entries = sweep_entries(reproduction.runs(), cfg, penalties)
+    trials = try_learning_rates(reproduction, model, validation)
+    rates = best_learning_rates(trials)
+    penalties = find_penalties(reproduction, model, validation, rates)
+    entries = sweep_entries(reproduction.runs(), cfg, penalties, rates)
     groups, methods = trained("methods", entries)
     _, twins = trained("share-matched", share_matched(entries, methods))
     features = [
@@ -108,13 +114,14 @@ def reproduce(
     earlier = json.loads(path.read_text())["seconds"] if path.exists() else 0.0
     result = ReproductionResult(
         settings,
+        trials,
         [*methods, *twins],
         _training_shares((record for group in groups for record in group.log()), methods),
         Features.of_groups(features),
         unscaled,
         seconds=max(earlier, time.perf_counter() - started),
     )
-    path.write_text(json.dumps(plain(result), indent=1) + "\n", encoding="utf-8")
+    path.write_text(as_json(result), encoding="utf-8")
     write_figures(result, output)
     if page is not None:
         fill_tables(page, tables(result))

@@ -25,6 +25,15 @@ Kind = Literal["word", "pattern"]
 """Among the features of the fewest token classes, or of the most."""
 
 
+class RateTrial(NamedTuple):
+    """A short run of one method at one learning rate."""
+
+    method: str
+    lr: float
+    norm_mse: float
+    """On validation text."""
+
+
 @dataclass(frozen=True)
 class OfRun:
     """Numbers of one run."""
@@ -136,6 +145,7 @@ class ReproductionResult:
 
     Args:
         settings: The settings it was made with.
+        learning_rates: What was tried to find the rate of each method.
         trained: Every dictionary, of every stage.
         training_shares: Of the routers of the main comparison.
         features: Of every dictionary except the variants and the twins.
@@ -144,6 +154,7 @@ class ReproductionResult:
     """
 
     settings: Settings
+    learning_rates: list[RateTrial]
     trained: list[Trained]
     training_shares: list[TrainingShares]
     features: Features

@@ -20,6 +20,8 @@ from sae_lens_route.config import RouteSAERunnerConfig
 from sae_lens_route.data.reading import Text
 from sae_lens_route.errors import UserError
 from sae_lens_route.evals.comparison import SweepResult, evaluate_sweep
+from sae_lens_route.evals.evaluate import evaluate_all
+from sae_lens_route.evals.reconstruction import CrosscoderMetrics, ReconstructionMetrics
 from sae_lens_route.files import write_json
 from sae_lens_route.memory import free_memory
 from sae_lens_route.models.kinds import LanguageModel
@@ -85,6 +87,14 @@ class Group:
             result.write(self.folder)
         rows = {row.name: row for row in SweepResult.read(self.folder).rows}
         return [Trained(run, rows[run.name]) for run in self.entries]
+
+    def reconstructed(
+        self, cfg: RouteSAERunnerConfig, model: LanguageModel, text: Text, max_tokens: int
+    ) -> dict[Run, ReconstructionMetrics | CrosscoderMetrics]:
+        """Train the group, and measure how it reconstructs a text, without a splice."""
+        saes = {run.name: sae for run, sae in self.train(cfg, model).items()}
+        found = evaluate_all(model, saes, text, max_tokens=max_tokens, splice=False)
+        return {run: found[run.name].reconstruction for run in self.entries}
 
     def log(self) -> Iterator[dict[str, Any]]:
         """The records of its training log."""

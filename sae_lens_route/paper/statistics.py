@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from scipy import stats
 
 from sae_lens_route.errors import UserError
 from sae_lens_route.evals.comparison import SweepRow
+from sae_lens_route.plots import Span
 
 Metric = Literal["norm_mse", "kl"]
 
@@ -35,6 +36,12 @@ class Interval(NamedTuple):
         half = "" if self.half_width is None else f" ± {self.half_width:{form.lstrip('+')}}"
         return f"{self.mean:{form}}{half}"
 
+    @property
+    def span(self) -> Span:
+        """As figures take it; without width for a single value."""
+        half = self.half_width or 0.0
+        return Span(self.mean, self.mean - half, self.mean + half)
+
 
 def interval(values: Sequence[float]) -> Interval:
     """Mean and 95 % interval of a few independent values, by Student's t."""
@@ -42,6 +49,12 @@ def interval(values: Sequence[float]) -> Interval:
         return Interval(float(values[0]), None)
     spread = statistics.stdev(values) / len(values) ** 0.5
     return Interval(statistics.fmean(values), float(stats.t.ppf(0.975, len(values) - 1)) * spread)
+
+
+def over_seeds(values: Iterable[float | None], form: str = ".3f") -> str:
+    """Mean ± half width of the known values, as text; a dash without any."""
+    known = [float(value) for value in values if value is not None]
+    return interval(known).show(form) if known else "-"
 
 
 _BLOCK = 4
@@ -61,12 +74,11 @@ def metric_interval(rows: Sequence[SweepRow], metric: Metric) -> Interval:
         UserError: a row lacks the metric.
     """
     means = interval([metric_of(row, metric) for row in rows])
-    by_context = [None if row.by_context is None else row.by_context for row in rows]
-    values = [None if each is None else getattr(each, metric) for each in by_context]
-    if means.half_width is None or None in values:
+    by_context = [row.by_context for row in rows if row.by_context is not None]
+    if means.half_width is None or len(by_context) < len(rows):
         return means
-    weights = np.array(by_context[0].n_tokens, dtype=float)  # type: ignore[union-attr]
-    over_text = text_half_width(np.array(values, dtype=float).mean(0), weights)
+    values = np.array([getattr(each, metric) for each in by_context]).mean(0)
+    over_text = text_half_width(values, np.array(by_context[0].n_tokens, dtype=float))
     return Interval(means.mean, math.hypot(means.half_width, over_text))
 
 

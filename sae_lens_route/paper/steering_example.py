@@ -28,7 +28,7 @@ from sae_lens_route.steering.steer import SteeringResult
 _CANDIDATES, _MULTIPLES = 8, (0.5, 1.0, 1.5, 2.0)
 _MAX_CLASSES, _MAX_DENSITY = 8, 0.05
 _PROMPT_CHARACTERS, _NEW_TOKENS = 80, 40
-_LEAST_DISTINCT = 0.4
+_LEAST_DISTINCT = 0.5
 """Of a text's pairs of neighboring tokens, the least share that occur once."""
 
 

@@ -194,7 +194,7 @@ class RoutedTrainingSAEMixin(RoutedSAEMixin, StreamsTrainingSAEMixin):
     def _assignment_loss(
         self, x: Float[Tensor, "tokens L d"], routing: Routing
     ) -> Float[Tensor, ""]:
-        compared = Routing(*(part[::COMPARED] for part in routing))
+        compared = routing.of(slice(None, None, COMPARED))
         with torch.no_grad():
             errors = self.route_errors(x[::COMPARED], compared)
         return assignment_loss(errors, compared.probs)

@@ -15,10 +15,11 @@ is never built: sums and selections of `n(x_i)` are taken from `x` directly.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_lens_route.errors import UserError
@@ -52,6 +53,10 @@ class Routing(NamedTuple):
         """Alias of `route`."""
         return self.route
 
+    def of(self, tokens: slice | Bool[Tensor, ...]) -> Routing:
+        """The decision for some of the tokens, along the first axes."""
+        return Routing(*(part[tokens] for part in self))
+
 
 def normalization_stats(
     x: Float[Tensor, "... d"],
@@ -83,6 +88,13 @@ def normalize(x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
     """Each vector with its mean subtracted, divided by its unbiased std + 1e-6."""
     mean, scale = normalization_stats(x)
     return (x - mean.unsqueeze(-1)) / scale.unsqueeze(-1)
+
+
+def streams_at(x: Float[Tensor, "... L d"], routes: Sequence[int]) -> Float[Tensor, "... R d"]:
+    """The streams of some routes, which ascend; a view if they are neighbors."""
+    first, last = routes[0], routes[-1]
+    are_neighbors = last - first + 1 == len(routes)
+    return x[..., first : last + 1, :] if are_neighbors else x[..., list(routes), :]
 
 
 def pick_route(x: Float[Tensor, "... L d"], route: Int[Tensor, ...]) -> Float[Tensor, "... d"]:

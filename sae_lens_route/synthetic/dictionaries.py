@@ -18,7 +18,7 @@ from sae_lens_route.evals.concept_readers import MultiLayerReader, SAEReader
 from sae_lens_route.saes.architectures import RouteTopKSAE, RouteTopKSAEConfig
 from sae_lens_route.saes.inference import to_inference
 from sae_lens_route.saes.multi_layer import MultiLayerTopKTrainingSAE
-from sae_lens_route.saes.router import normalize, pick_route
+from sae_lens_route.saes.router import normalize, pick_route, streams_at
 from sae_lens_route.synthetic.streams import Sample, SyntheticStreams
 
 
@@ -175,8 +175,4 @@ def _training_input(sample: Sample, blocks: tuple[int, ...], oracle: bool) -> Te
     x = sample.streams
     if oracle:
         return pick_route(x, sample.best_block).unsqueeze(1).expand_as(x)
-    return x[:, blocks[0] : blocks[-1] + 1] if _are_neighbors(blocks) else x[:, list(blocks)]
-
-
-def _are_neighbors(blocks: tuple[int, ...]) -> bool:
-    return blocks[-1] - blocks[0] + 1 == len(blocks)
+    return streams_at(x, blocks)

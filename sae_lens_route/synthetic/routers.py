@@ -20,7 +20,7 @@ class Choice(NamedTuple):
     """One measure under four routers, mean over tokens."""
 
     routed: float
-    """Under the router."""
+    """Under the router. A NormMSE is of all tokens, those of the others of one in four."""
     matched: float
     """Under a random router with the same share of tokens at each block."""
     uniform: float

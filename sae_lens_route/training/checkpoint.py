@@ -8,7 +8,7 @@
 | `uniform_draw.safetensors` | generator of uniform routing, if there is one | `Checkpoint` |
 | `run_state.json` | tokens trained on, the text's SHA-256, versions | `Checkpoint` |
 | `runner_cfg.json` | configuration of the run | `Checkpoint` |
-| `seeds.json` | seed of each SAE, by entry | `SweepRunner` |
+| `entries.json` | seed and learning rate of each SAE of a sweep | `SweepRunner` |
 | `activations_store_state.safetensors` | position in the text | `Checkpoint`, last of all |
 
 In a sweep's checkpoint the files of each SAE are in a folder with the entry's name. A checkpoint is
@@ -39,7 +39,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae_lens_route.data.activations import RoutedActivationsStore
+from sae_lens_route.data.training_batches import BatchStore
 from sae_lens_route.errors import UserError, reading_errors
 from sae_lens_route.files import new_folder, remove_folder, write_file, write_json, write_tensors
 from sae_lens_route.saes.routed import RoutedTrainingSAEMixin
@@ -47,7 +47,7 @@ from sae_lens_route.saes.routed import RoutedTrainingSAEMixin
 UNIFORM_DRAW_FILENAME = "uniform_draw.safetensors"
 RUN_STATE_FILENAME = "run_state.json"
 LATEST_FILENAME = "latest"
-SEEDS_FILENAME = "seeds.json"
+ENTRIES_FILENAME = "entries.json"
 
 _NOT_COMPARED = {"metadata", "device", "sae_lens_version", "sae_lens_training_version"}
 
@@ -60,9 +60,7 @@ class Checkpoint:
         store: Source of the training batches.
     """
 
-    def __init__(
-        self, trainer: SAETrainer[Any, Any] | MultiSAETrainer, store: RoutedActivationsStore
-    ) -> None:
+    def __init__(self, trainer: SAETrainer[Any, Any] | MultiSAETrainer, store: BatchStore) -> None:
         self.trainer, self.store = trainer, store
         # the folder of each SAE inside the checkpoint
         self.trainers: Mapping[str, SAETrainer[Any, Any]] = (
@@ -213,16 +211,22 @@ def require_same_entries(
     checkpoint: Path,
     configs: Mapping[str, TrainingSAEConfig],
     blocks: Mapping[str, Sequence[int]],
-    seeds: Mapping[str, int],
+    own: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Check that a sweep's checkpoint is of these entries.
+
+    Args:
+        checkpoint: The checkpoint.
+        configs: Training configurations by entry.
+        blocks: Blocks by entry.
+        own: What else an entry has of its own, as `entries.json` holds it.
 
     Raises:
         UserError: it is not; the message names the entry and the field that differs.
     """
     where = f"resume_from_checkpoint={str(checkpoint)!r}"
-    seeds_file = checkpoint / SEEDS_FILENAME
-    saved_seeds = json.loads(seeds_file.read_text()) if seeds_file.exists() else seeds
+    with checkpoint_errors(checkpoint):
+        saved_own = json.loads((checkpoint / ENTRIES_FILENAME).read_text(encoding="utf-8"))
     for name, config in configs.items():
         file = checkpoint / name / SAE_CFG_FILENAME
         if not file.exists():
@@ -230,10 +234,10 @@ def require_same_entries(
             raise UserError(f"{where}: holds no entry {name!r}; it has {', '.join(saved)}")
         saved = json.loads(file.read_text())
         saved["blocks"] = saved["metadata"].get("routed_blocks")
-        saved["seed"] = saved_seeds.get(name)
+        saved |= saved_own.get(name, {})
         # architecture and blocks first, because other fields follow from them
         wanted = {"architecture": config.architecture(), "blocks": list(blocks[name])}
-        wanted |= {"seed": seeds[name], **config.to_dict(), "metadata": {}}
+        wanted |= {**own[name], **config.to_dict(), "metadata": {}}
         wanted = json.loads(json.dumps(wanted))
         for field in wanted:
             if field not in _NOT_COMPARED and wanted[field] != saved.get(field):

@@ -7,6 +7,7 @@ one block and is saved as the RouteSAE with that one routed block.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -36,12 +37,14 @@ class SweepEntry:
         blocks: Routed blocks that the SAE reads, ascending; None means all of them. A SAELens
             configuration without a router needs exactly one.
         seed: Seed of the weights.
+        lr: Its peak learning rate; None takes the sweep's.
         label: Name in tables and figures; entries that differ only in seed and sparsity share it.
     """
 
     sae: TrainingSAEConfig
     blocks: list[int] | None = None
     seed: int = 42
+    lr: float | None = None
     label: str = ""
 
     @property
@@ -58,8 +61,8 @@ def expand_runs(
 
     Args:
         runs: For each label the fields of its training configuration, and `architecture` (a SAELens
-            training architecture, "route_topk" when left out) and `blocks`. Where k, or another of
-            `SPARSITY_FIELDS`, is a list there is an entry for each of its values.
+            training architecture, "route_topk" when left out), `blocks` and `lr`. Where k, or
+            another of `SPARSITY_FIELDS`, is a list there is an entry for each of its values.
         d_in: Width of the model.
         seeds: Seeds of the weights.
 
@@ -92,9 +95,12 @@ def _expand(label: str, settings: dict[str, Any], d_in: int) -> dict[str, SweepE
         isinstance(blocks, list) and all(type(b) is int for b in blocks)
     ):
         raise UserError(f"blocks={blocks!r}: must be a list of blocks")
+    lr = settings.pop("lr", None)
+    if lr is not None and not (isinstance(lr, float | int) and 0 < lr < math.inf):
+        raise UserError(f"lr={lr!r}: must be a positive number")
     listed = [name for name in SPARSITY_FIELDS if isinstance(settings.get(name), list)]
     if not listed:
-        return {label: SweepEntry(_sae_config(settings, d_in), blocks, label=label)}
+        return {label: SweepEntry(_sae_config(settings, d_in), blocks, lr=lr, label=label)}
     if len(listed) > 1:
         raise UserError(f"{' and '.join(listed)} are lists: only one can be")
     field, values = listed[0], settings[listed[0]]
@@ -102,7 +108,7 @@ def _expand(label: str, settings: dict[str, Any], d_in: int) -> dict[str, SweepE
         raise UserError(f"{field}={values}: give at least one value, each once")
     return {
         label if len(values) == 1 else f"{label} {field}={value}": SweepEntry(
-            _sae_config({**settings, field: value}, d_in), blocks, label=label
+            _sae_config({**settings, field: value}, d_in), blocks, lr=lr, label=label
         )
         for value in values
     }

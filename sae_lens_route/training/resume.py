@@ -55,6 +55,7 @@ MAY_CHANGE = frozenset(
         "sae_compilation_mode",
         "on_bad_step",
         "streaming",
+        "cache_activations",
         # set by this package or SAELens
         "extend_run",
         "sae_lens_version",

@@ -30,7 +30,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_route.config import RouteSAERunnerConfig
+from sae_lens_route.data.activation_cache import ActivationCache
 from sae_lens_route.data.activations import RoutedActivationsStore
+from sae_lens_route.data.cached_store import CachedActivationsStore
+from sae_lens_route.data.training_batches import BatchStore
 from sae_lens_route.errors import UserError
 from sae_lens_route.files import locked, new_files, remove_unfinished, write_tensors
 from sae_lens_route.memory import require_device, require_memory
@@ -76,7 +79,8 @@ class RouteSAETrainingRunner(LanguageModelSAETrainingRunner):
     """
 
     cfg: RouteSAERunnerConfig
-    activations_store: RoutedActivationsStore
+    activations_store: BatchStore
+    evaluator: RoutedEvaluator | None
     _not_compared: frozenset[str] = frozenset()
     """Fields of the configuration that do not belong to a run of this kind."""
 
@@ -90,28 +94,47 @@ class RouteSAETrainingRunner(LanguageModelSAETrainingRunner):
         self.cfg = cfg
         require_device(cfg.device)
         self._check_folders()
-        self.model = self._load_model() if override_model is None else override_model
-        cfg.resolve(self.model)
+        cache = None if cfg.cache_activations is None else ActivationCache(cfg, override_dataset)
+        self._model, needs_model = override_model, cache is None or not cache.replaces_the_model()
+        if override_model is not None or needs_model:
+            cfg.resolve(self.model)
         if cfg.resume_from_checkpoint is not None:
             require_same_run(cfg, self._not_compared)
         self._check_size()
-        self._compile_llm_if_needed()
-        self.activations_store = RoutedActivationsStore.from_config(
-            self.model, cfg, override_dataset=override_dataset
-        )
+        self.activations_store = self._store(cache, override_dataset)
         torch.manual_seed(cfg.seed)
         try:
             self.sae = self._new_sae() if override_sae is None else override_sae
         except (ValueError, FileNotFoundError) as error:  # SAELens's own checks
             raise UserError(str(error)) from error
         self.sae.to(cfg.device)
-        self.evaluator = RoutedEvaluator(
-            model=self.model,
-            activations_store=self.activations_store,
-            eval_batch_size_prompts=cfg.eval_batch_size_prompts,
-            n_eval_batches=cfg.n_eval_batches,
-            model_kwargs=cfg.model_kwargs,
-        )
+        self.evaluator = None
+        if isinstance(self.activations_store, RoutedActivationsStore):
+            self.evaluator = RoutedEvaluator(
+                model=self.model,
+                activations_store=self.activations_store,
+                eval_batch_size_prompts=cfg.eval_batch_size_prompts,
+                n_eval_batches=cfg.n_eval_batches,
+                model_kwargs=cfg.model_kwargs,
+            )
+
+    @property
+    def model(self) -> LanguageModel:
+        """The language model; loaded when it is first used, for a cache may replace it."""
+        if self._model is None:
+            self._model = self._load_model()
+        return self._model
+
+    def _store(self, cache: ActivationCache | None, dataset: HfDataset | None) -> BatchStore:
+        """Where batches come from: a cache that has them all, or the model, with a cache or not."""
+        if self._model is None:
+            assert cache is not None
+            return CachedActivationsStore(self.cfg, cache.shards())
+        self._compile_llm_if_needed()
+        store = RoutedActivationsStore.from_config(self.model, self.cfg, override_dataset=dataset)
+        if cache is not None:
+            cache.attach(store)
+        return store
 
     def _check_folders(self) -> None:
         """Raise if the run would overwrite another, or resumes from a checkpoint of another."""
@@ -271,6 +294,7 @@ class RouteSAETrainingRunner(LanguageModelSAETrainingRunner):
                 yield batch
         finally:
             stream.close()
+            store.close()
 
     def _save_batch_of(self, step: int) -> Path | None:
         """Make the batch of a recent step again and save it; returns the file."""

@@ -7,8 +7,9 @@ the CPU, with the same seed, an entry's weights are bit-identical to those of a 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import torch
 import wandb
 from jaxtyping import Float
 from sae_lens import SAE
-from sae_lens.config import HfDataset
+from sae_lens.config import HfDataset, SAETrainerConfig
 from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig, TrainStepOutput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
@@ -35,9 +36,9 @@ from sae_lens_route.saes.crosscoder import CrosscoderTrainingConfigMixin
 from sae_lens_route.saes.inference import as_routed, to_inference
 from sae_lens_route.saes.metadata import crosscoder_hook_name, routed_hook_name
 from sae_lens_route.saes.multi_layer import MultiLayerTopKTrainingConfig
-from sae_lens_route.saes.router import normalize
+from sae_lens_route.saes.router import normalize, streams_at
 from sae_lens_route.training.checkpoint import (
-    SEEDS_FILENAME,
+    ENTRIES_FILENAME,
     require_new_folder,
     require_same_entries,
     require_whole,
@@ -99,7 +100,7 @@ class SweepRunner(RouteSAETrainingRunner):
         if cfg.resume_from_checkpoint is not None:
             blocks = {name: source.blocks for name, source in self._sources.items()}
             checkpoint = require_whole(cfg.resume_from_checkpoint)
-            require_same_entries(checkpoint, self._configs, blocks, self._seeds)
+            require_same_entries(checkpoint, self._configs, blocks, self._own(cfg))
 
     @override
     def _check_size(self) -> None:
@@ -112,14 +113,17 @@ class SweepRunner(RouteSAETrainingRunner):
         tokens = self.cfg.train_batch_size_tokens
         require_memory(need, self.cfg.device, "train_batch_size_tokens", tokens)
 
-    @property
-    def _seeds(self) -> dict[str, int]:
-        return {name: entry.seed for name, entry in self.entries.items()}
+    def _own(self, cfg: RouteSAERunnerConfig) -> dict[str, dict[str, Any]]:
+        """What an entry has of its own besides its configuration and its blocks."""
+        return {
+            name: {"seed": entry.seed, "lr": entry.lr or cfg.lr}
+            for name, entry in self.entries.items()
+        }
 
     @override
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         if checkpoint_path is not None:
-            write_json(checkpoint_path / SEEDS_FILENAME, self._seeds)
+            write_json(checkpoint_path / ENTRIES_FILENAME, self._own(self.cfg))
         super().save_checkpoint(checkpoint_path)
 
     def memory_estimate(self) -> dict[str, int]:
@@ -169,6 +173,7 @@ class SweepRunner(RouteSAETrainingRunner):
             self.saes,
             {name: source.key for name, source in self._sources.items()},
             batches,
+            lrs={name: own["lr"] for name, own in self._own(self.cfg).items()},
             skips_bad_steps=self.cfg.on_bad_step == "skip",
             **self._run_options(),
         )
@@ -187,11 +192,27 @@ class SweepRunner(RouteSAETrainingRunner):
         if self.cfg.output_path is not None:
             sparsity = trainer.trainers[name].log_feature_sparsity
             output = Path(self.cfg.output_path) / name
-            with new_files(output, last=SAE_CFG_FILENAME) as folder:
+            with new_files(output, last=SAE_CFG_FILENAME) as folder, self._separate_run(name):
                 self.save_final_sae(training_sae, str(folder), sparsity)
                 if sae is not None:  # it also carries the normalization of its training input
                     sae.save_model(folder)
         return to_inference(training_sae) if sae is None else sae
+
+    @contextmanager
+    def _separate_run(self, name: str) -> Iterator[None]:
+        """Within, `cfg` is that of a separate run of the entry: `runner_cfg.json` is written so."""
+        sweep, sae = self.cfg, self.saes[name]
+        own = copy(sweep)
+        trainer_cfg = _with_lr(sweep.to_sae_trainer_config(), self._own(sweep)[name]["lr"])
+        own.sae, own.lr, own.lr_end = sae.cfg, trainer_cfg.lr, trainer_cfg.lr_end
+        own.routed_blocks = list(sae.cfg.metadata.routed_blocks)
+        own.hook_names = list(sae.cfg.metadata.hook_names)
+        own.hook_name = sae.cfg.metadata.hook_name
+        self.cfg = own
+        try:
+            yield
+        finally:
+            self.cfg = sweep
 
 
 def sweep_memory(cfg: RouteSAERunnerConfig, entries: Mapping[str, SweepEntry]) -> dict[str, int]:
@@ -274,9 +295,7 @@ class _Source:
         """The entry's part of a batch."""
         if self.kind == "normalized":
             return normalize(batch[:, self.routes[0]].to(self.dtype))
-        if self.is_view:
-            return batch[:, self.routes[0] : self.routes[-1] + 1]
-        return batch[:, list(self.routes)]
+        return streams_at(batch, self.routes)
 
     def sized(self, name: str, sae: TrainingSAEConfig, d_model: int) -> TrainingSAEConfig:
         """The configuration with the number of blocks, and their total width for a crosscoder."""
@@ -291,16 +310,23 @@ class _Source:
             raise UserError(f"entry {name!r}: {error}") from error
 
 
+def _with_lr(cfg: SAETrainerConfig, lr: float) -> SAETrainerConfig:
+    """The schedule with another peak, and an end in proportion."""
+    return cfg if lr == cfg.lr else replace(cfg, lr=lr, lr_end=(cfg.lr_end or 0.0) * lr / cfg.lr)
+
+
 class _SweepTrainer(RunTrainer, MultiSAETrainer):
     """SAELens's trainer of many SAEs, with a log and stops between steps."""
 
     trainers: dict[str, CheckedTrainer]  # type: ignore[assignment]
 
-    def __init__(self, *args: Any, skips_bad_steps: bool, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, lrs: Mapping[str, float], skips_bad_steps: bool, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.trainers = {
             name: CheckedTrainer(
-                trainer.cfg,
+                _with_lr(trainer.cfg, lrs[name]),
                 trainer.sae,
                 trainer.data_provider,
                 skips_bad_steps=skips_bad_steps,

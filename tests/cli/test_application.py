@@ -10,7 +10,7 @@ from support.command_line import call, error_line, python
 from sae_lens_route.cli import app
 
 COMMANDS = [
-    "train", "sweep", "demo", "reproduce",
+    "train", "cache", "sweep", "demo", "reproduce",
     "eval", "features", "interpret", "steer", "dashboard", "info",
     "concepts", "smollm2",
 ]  # fmt: skip

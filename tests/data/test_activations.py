@@ -70,7 +70,7 @@ def test_shuffled_buffer_serves_every_token_once_before_any_twice(tinyllama, cap
         activations_mixing_fraction=0.5,
         n_batches_in_buffer=4,
     )
-    assert store.buffer_tokens == 4 * 4 * 16
+    assert store.layout.buffer_tokens == 4 * 4 * 16
     with caplog.at_level("INFO", logger="sae_lens"):
         batches = torch.cat([next(store) for _ in range(40)])
     assert "shuffle buffer: 256 tokens x 9 blocks x 64" in caplog.text

@@ -33,7 +33,7 @@ def store_of(model, mixing):
 def test_streams_keep_their_dtype_and_bits(options, dtype, mixing):
     model = load_model(TINYLLAMA, **options).to(dtype)
     store = store_of(model, mixing)
-    n_tokens = store.buffer_tokens or store.train_batch_size_tokens
+    n_tokens = store.layout.buffer_tokens or store.train_batch_size_tokens
     contexts = torch.tensor(tokens_dataset()["tokens"][:])[: n_tokens // 16]
     read = [
         residual_streams(model, batch, store.hook_names, autocast=True)

@@ -1,5 +1,8 @@
 """The demo corpus: split by module, the same on every machine with the same Python."""
 
+import hashlib
+import subprocess
+import sys
 import sysconfig
 
 from sae_lens_route.data.demo_corpus import documents, split_of
@@ -17,3 +20,14 @@ def test_help_pages_name_no_path_of_this_machine():
     stdlib = sysconfig.get_path("stdlib")
     pages = [text for text in documents("train") if text.startswith("Python Library Documentation")]
     assert pages and not any(stdlib in page for page in pages)
+
+
+def test_the_corpus_does_not_depend_on_what_is_imported():
+    """This process has imported pytest, which replaces functions that help pages show."""
+    code = (
+        "import hashlib; from sae_lens_route.data.demo_corpus import documents\n"
+        "print(hashlib.sha256(repr(documents('train')).encode()).hexdigest())"
+    )
+    command = [sys.executable, "-c", code]
+    alone = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert hashlib.sha256(repr(documents("train")).encode()).hexdigest() == alone

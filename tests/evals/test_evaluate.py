@@ -115,6 +115,9 @@ def test_many_are_evaluated_with_one_reading_of_the_text(tinyllama, route_sae, c
     without = evaluate_all(model, {"sae": sae}, tokens_dataset(8), **size)["sae"]
     assert without.downstream_unscaled is None
     assert_close(without.downstream._asdict(), alone["sae"]["downstream"])
+    rebuilt = evaluate_all(model, {"sae": sae}, tokens_dataset(8), splice=False, **size)["sae"]
+    assert rebuilt.downstream is rebuilt.downstream_unscaled is rebuilt.by_context.kl is None
+    assert_close(rebuilt.reconstruction._asdict(), alone["sae"]["reconstruction"])
 
 
 @pytest.mark.parametrize(

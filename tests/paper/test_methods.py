@@ -1,9 +1,14 @@
 """The records of the methods: each can be trained, and differs from the others as it says."""
 
-import pytest
+from pathlib import Path
 
+import pytest
+from support.small import small_config
+
+from sae_lens_route.errors import UserError
 from sae_lens_route.paper.methods import (
     CROSSCODER,
+    CROSSCODER_TOPK,
     JUMPRELU,
     METHODS,
     RELU,
@@ -13,6 +18,7 @@ from sae_lens_route.paper.methods import (
     Target,
     shown_in,
 )
+from sae_lens_route.paper.plan import Reproduction
 from sae_lens_route.training.entries import expand_runs
 
 TARGET = Target(k=8, d_in=64, routed_blocks=(2, 5, 9), n_steps=100, penalty=0.5)
@@ -76,3 +82,19 @@ def test_a_router_with_a_twin_is_hard() -> None:
     for method in METHODS:
         if method.has_twin:
             assert settings(method).get("routing", "hard") == "hard"
+
+
+def test_a_method_can_be_left_out_unless_others_need_it(tmp_path: Path) -> None:
+    def reproduction(*without: str) -> Reproduction:
+        cfg = small_config(tmp_path)
+        sizes = {"eval_tokens": 1, "feature_tokens": 1, "output": tmp_path}
+        return Reproduction(cfg, 8, (4,), (0,), "demo", **sizes, without=without)
+
+    labels = [CROSSCODER.label, CROSSCODER_TOPK.label]
+    methods = {run.method for run in reproduction(*labels).runs()}
+    assert methods == {method.label for method in METHODS} - {*labels}
+    for label in ("TopK", ROUTE.label, "nothing"):
+        with pytest.raises(UserError, match=f"without='{label}': must be one of .*MLSAE"):
+            reproduction(label)
+    with pytest.raises(UserError, match="'Crosscoder' takes its learning rate"):
+        reproduction(CROSSCODER_TOPK.label)

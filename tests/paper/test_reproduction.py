@@ -19,6 +19,7 @@ from sae_lens_route.evals.evaluate import evaluate
 from sae_lens_route.evals.reconstruction import ReconstructionMetrics
 from sae_lens_route.paper.figures import figures
 from sae_lens_route.paper.held_out import split_held_out
+from sae_lens_route.paper.learning_rates import best_learning_rates
 from sae_lens_route.paper.methods import ASSIGNMENT, METHODS, ROUTE, SOFT, shown_in
 from sae_lens_route.paper.plan import Reproduction, Run
 from sae_lens_route.paper.report import tables
@@ -94,6 +95,17 @@ def test_tables_are_made_on_text_that_no_choice_was_made_on(made: Made, tinyllam
     (row,) = [each.row for each in made.result.trained if each.run == run]
     assert row.norm_mse == pytest.approx(found.reconstruction.norm_mse, rel=1e-5)
     assert row.norm_mse != pytest.approx(other.reconstruction.norm_mse, rel=1e-3)
+
+
+def test_every_dictionary_trains_at_its_methods_learning_rate(made: Made) -> None:
+    lr, trials = made.reproduction.cfg.lr, made.result.learning_rates
+    assert {trial.method for trial in trials} == {m.label for m in METHODS if m.rate_of is None}
+    assert {trial.lr for trial in trials} == {factor * lr for factor in (1.0, 2.5, 6.25, 15.625)}
+    best = best_learning_rates(trials)
+    assert best[ROUTE.label] != lr
+    for each in made.result.trained:
+        assert each.row.lr == best[each.run.method]
+    assert made.result.settings.dead_feature_window == 12 // 4
 
 
 def test_a_twin_has_its_routers_shares(made: Made) -> None:

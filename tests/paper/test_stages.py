@@ -20,7 +20,7 @@ RUNS = [Run(method.label, 8, seed) for method in (ROUTE, TOPK, MLSAE) for seed i
 def planned(tmp_path, tinyllama):
     cfg = small_config(tmp_path, training_tokens=64 * 12, routed_blocks=[2, 5, 9])
     cfg.resolve(tinyllama)
-    return cfg, sweep_entries(RUNS, cfg, {})
+    return cfg, sweep_entries(RUNS, cfg, {}, {})
 
 
 def names(groups):

@@ -53,7 +53,9 @@ def read(model):
 def test_the_feature_that_writes_its_word_is_chosen(model, read, monkeypatch):
     sae, table = read
     assert table.profile(0).n_classes == 2 and table.profile(1).n_classes > 8
+    # a planted direction writes its word over and over, a trained feature should not
     monkeypatch.setattr("sae_lens_route.paper.steering_example._MAX_DENSITY", 0.5)
+    monkeypatch.setattr("sae_lens_route.paper.steering_example._LEAST_DISTINCT", 0.4)
     example = steering_example(model, sae, table, PROMPT)
     assert example is not None and example.feature == 0 and example.words == [*WORDS]
     assert example.prompt == PROMPT[:80].rsplit(maxsplit=1)[0]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_lens_route.saes import RouteTopKSAE, RouteTopKSAEConfig
-from sae_lens_route.saes.router import normalize, route
+from sae_lens_route.saes.router import normalize, route, streams_at
 
 # at d = 2 every n(x) is +-(1, -1), so v can be 0 and all layers tie
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(3, 24))
@@ -214,3 +214,19 @@ def test_bad_shares_are_named(shares):
     for routing in ("hard", "soft"):
         with pytest.raises(ValueError, match=f"route_shares=.*only routing='uniform'.*'{routing}'"):
             uniform_sae(route_shares=SHARES, routing=routing)
+
+
+def test_streams_of_neighboring_routes_are_a_view():
+    x = torch.arange(2 * 3 * 5 * 4.0).view(2, 3, 5, 4)
+    for routes in ([1, 2, 3], [0], [0, 2, 4], [0, 1, 2, 3, 4]):
+        found = streams_at(x, routes)
+        assert torch.equal(found, torch.stack([x[..., i, :] for i in routes], dim=-2))
+        is_view = found.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+        assert is_view == (routes != [0, 2, 4])
+
+
+def test_the_decision_for_some_tokens():
+    x = torch.randn(6, 3, 8, generator=torch.Generator().manual_seed(0))
+    routing = route(x, torch.randn(8, 3, generator=torch.Generator().manual_seed(1)))
+    some = routing.of(slice(1, None, 2))
+    assert all(torch.equal(a, b[1::2]) for a, b in zip(some, routing, strict=True))

@@ -14,6 +14,7 @@ from sae_lens_route.paper.results import (
     FeatureCounts,
     FeatureDepth,
     Features,
+    RateTrial,
     ReproductionResult,
     ShownFeature,
     SpliceScales,
@@ -192,9 +193,11 @@ def made_result(
         "k": K,
         "other_ks": [OTHER_K],
         "seeds": SEEDS,
+        "without": [],
         "training_tokens": 1000,
         "step_tokens": 10,
         "lr": 1e-3,
+        "dead_feature_window": 25,
         "eval_tokens": 100,
         "feature_tokens": 100,
         "read_share": 0.2,
@@ -206,6 +209,7 @@ def made_result(
     scaled = (ROUTE.label, PLAIN_MSE.label)
     return ReproductionResult(
         settings=Settings(**{**fields, **settings}),
+        learning_rates=[RateTrial(ROUTE.label, lr, 0.5) for lr in (0.001, 0.002)],
         trained=trained,
         training_shares=[
             TrainingShares(run, {2: 0.125, 5: 0.25, 9: 0.625})

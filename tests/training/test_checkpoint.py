@@ -285,6 +285,7 @@ def test_a_checkpoint_of_other_entries_is_refused(tinyllama, tmp_path):
         ({"x": one_entry(blocks=[3, 4, 5])}, r"blocks=\[3, 4, 5, 6, 7\] there, not \[3, 4, 5\]"),
         ({"x": one_entry(architecture="crosscoder_topk")}, "architecture='route_topk' there"),
         ({"x": replace(one_entry(), seed=1)}, "entry 'x' has seed=0 there, not 1"),
+        ({"x": replace(one_entry(), lr=0.5)}, "entry 'x' has lr=0.0005 there, not 0.5"),
     ]:
         with pytest.raises(UserError, match=message):
             SweepRunner(cfg, changed)

@@ -138,7 +138,7 @@ def test_a_sweeps_settings_are_compared_too(tinyllama, tmp_path):
     entries = sized_entries({"x": {"k": 8}})
     SweepRunner(sweep_settings(tmp_path, n_checkpoints=1), entries, None, tinyllama).run()
     cfg = sweep_settings(None, resume_from_checkpoint=str(tmp_path), lr=1e-4)
-    with pytest.raises(UserError, match=r"lr=0\.0005, not 0\.0001"):
+    with pytest.raises(UserError, match=r"lr=0\.0005 there, not 0\.0001"):
         SweepRunner(cfg, entries, None, tinyllama)
 
 

@@ -54,6 +54,18 @@ def test_an_entry_is_bit_identical_to_a_separate_run(tinyllama, entries, swept, 
     assert_same_bits(to_inference(separate), swept[0][name])
 
 
+def test_an_entry_with_a_learning_rate_is_bit_identical_to_a_run_with_it(tinyllama, tmp_path):
+    entries = sized_entries({"own": {"k": 8, "lr": 0.004}, "shared": {"k": 8}})
+    saes = SweepRunner(sweep_settings(tmp_path / "out"), entries, None, tinyllama).run()
+    assert json.loads((tmp_path / "out" / "own" / "runner_cfg.json").read_text())["lr"] == 0.004
+    assert not torch.equal(saes["own"].W_enc, saes["shared"].W_enc)
+    for name, lr in (("own", {"lr": 0.004}), ("shared", {})):
+        cfg = sweep_settings(seed=entries[name].seed, **lr)
+        cfg.sae = entries[name].sae
+        separate = RouteSAETrainingRunner(cfg, None, tinyllama).run()
+        assert_same_bits(to_inference(separate), saes[name])
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_plain_entry_is_bit_identical_to_saelens_trainer_on_normalized_streams(
     tinyllama, entries, swept, name
@@ -193,6 +205,11 @@ def test_entries_load_as_the_saes_that_run_returned(entries, swept):
         assert metadata.model_name == TINYLLAMA and metadata.exclude_special_tokens is True
         written = {path.name for path in (folder / name).iterdir()}
         assert written >= {"cfg.json", "sparsity.safetensors", "runner_cfg.json"}
+        run = json.loads((folder / name / "runner_cfg.json").read_text())
+        assert run["sae"]["architecture"] == entry.sae.architecture()
+        assert run["routed_blocks"] == blocks and run["hook_name"] == metadata.hook_name
+        objective = getattr(entry.sae, "router_objective", None)
+        assert run["sae"].get("router_objective") == objective
     sparsity = load_file(folder / "plain topk" / "sparsity.safetensors")["sparsity"]
     assert (10**sparsity).sum() == pytest.approx(8, rel=1e-3)  # k of them per token
 
