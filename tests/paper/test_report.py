@@ -1,8 +1,10 @@
 """Every table of a hand-made reproduction: cells, columns, signs, and the order of lines."""
 
+import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 from support.reproduction import OTHER_K, K, made_result
 
 from sae_lens_route.paper.markdown import fill_tables
@@ -333,11 +335,17 @@ def test_a_steering_is_shown_on_one_line_each() -> None:
     }
 
 
-def test_the_tables_of_the_documentation_are_those_of_its_numbers(tmp_path: Path) -> None:
-    page = tmp_path / "reproduction.md"
-    page.write_text((DOCS / "reproduction.md").read_text())
-    result = ReproductionResult.read(DOCS / "reproduction.json")
-    fill_tables(page, tables(result))
-    assert page.read_text() == (DOCS / "reproduction.md").read_text()
-    for name in tables(result):
-        assert f"<!-- table: {name} -->" in page.read_text()
+@pytest.mark.parametrize("name", ["reproduction", "reproduction-smollm2"])
+def test_the_tables_of_the_documentation_are_those_of_its_numbers(
+    tmp_path: Path, name: str
+) -> None:
+    shown = (DOCS / f"{name}.md").read_text()
+    page = tmp_path / "page.md"
+    page.write_text(shown)
+    made = tables(ReproductionResult.read(DOCS / f"{name}.json"))
+    fill_tables(page, made)
+    assert page.read_text() == shown
+    marked = set(re.findall("<!-- table: (.+?) -->", shown))
+    # one sparsity, and another model than the paper's
+    left_out = {"sparsity", "aggregation", "soft", "paper"} if name != "reproduction" else set()
+    assert marked == made.keys() - left_out
