@@ -37,9 +37,8 @@ from sae_lens_route.config import runner_config
 from sae_lens_route.config_fields import read_config_file
 from sae_lens_route.data.activation_cache import ActivationCache, write_cache
 from sae_lens_route.evals.evaluate import evaluate_all
-from sae_lens_route.models.load import load_model
 from sae_lens_route.saes.inference import to_inference
-from sae_lens_route.training.runner import RouteSAETrainingRunner
+from sae_lens_route.training.runner import RouteSAETrainingRunner, load_model_of_run
 
 WITH_MODEL, WRITES, FROM_CACHE, FROM_INT8 = "model", "writes its cache", "cache", "cache, int8"
 TARGET = 5.0
@@ -71,9 +70,7 @@ def main() -> None:
     fields = {**read_config_file(args.config), "training_tokens": args.training_tokens}
     fields |= {"output_path": None, "n_checkpoints": 0}
     cfg = runner_config(fields)
-    model = load_model(
-        cfg.model_name, cfg.model_class_name, **(cfg.model_from_pretrained_kwargs or {})
-    )
+    model = load_model_of_run(cfg)
     seconds: dict[str, list[float]] = {}
     saes: dict[str, TrainingSAE[Any]] = {}
     with tempfile.TemporaryDirectory() as work:

@@ -72,7 +72,7 @@ def cache(
     from sae_lens_route.config import runner_config
     from sae_lens_route.config_fields import read_config_file
     from sae_lens_route.data.activation_cache import write_cache
-    from sae_lens_route.models.load import load_model
+    from sae_lens_route.training.runner import load_model_of_run
 
     fields = {**(read_config_file(config) if config else {}), **given_fields()}
     for name in ("runs", "seeds"):  # of a sweep, which reads the same
@@ -80,18 +80,10 @@ def cache(
     cfg = runner_config(fields)
     if cfg.cache_activations is None:
         raise UserError("--cache-activations: name a folder for the activations")
-    model = load_model(
-        cfg.model_name,
-        cfg.model_class_name,
-        device=cfg.llm_device or cfg.device,
-        hook_names=cfg.hook_names,
-        **(cfg.model_from_pretrained_kwargs or {}),
-    )
-    shards = write_cache(cfg, model)
-    n_bytes = shards.n_rows * shards.manifest.row_bytes
+    written = write_cache(cfg, load_model_of_run(cfg)).manifest
     typer.echo(
-        f"wrote {shards.n_rows:,} tokens x {len(shards.manifest.blocks)} blocks, "
-        f"{n_bytes / 1e9:.2f} GB, to {cfg.cache_activations}"
+        f"wrote {written.n_rows:,} tokens x {len(written.blocks)} blocks, "
+        f"{written.n_rows * written.row_bytes / 1e9:.2f} GB, to {cfg.cache_activations}"
     )
 
 

@@ -26,6 +26,7 @@ from sae_lens_route.config import RouteSAERunnerConfig
 from sae_lens_route.data.activation_shards import (
     ActivationShards,
     Manifest,
+    file_checksum,
     passes_per_shard,
     read_manifest,
     require_disk,
@@ -79,7 +80,7 @@ class ActivationCache:
         self.manifest = read_manifest(self.folder)
         self._made_with = _made_with(cfg, dataset)
         if self.manifest is not None:
-            self._require_same(self.manifest, {**self._made_with, "stored": cfg.cache_dtype})
+            self._require_same(self.manifest, {**self._made_with, "cache_dtype": cfg.cache_dtype})
 
     def replaces_the_model(self) -> bool:
         """Whether it holds all that the run reads, so that the language model need not be loaded.
@@ -95,7 +96,7 @@ class ActivationCache:
         if not cfg.resolve_without_model(manifest.n_layers, manifest.width, names):
             return False
         n_tokens = BatchLayout.of(cfg, manifest.dtype).tokens_read(cfg.total_training_steps)
-        return ActivationShards(self.folder, manifest, 1).n_rows >= n_tokens
+        return manifest.n_rows >= n_tokens
 
     def shards(self) -> ActivationShards:
         """What is there, for a run without the language model."""
@@ -119,7 +120,7 @@ class ActivationCache:
             n_layers=n_layers(store.model),
             width=layout.width,
             dtype=str(layout.dtype).removeprefix("torch."),
-            stored=cfg.cache_dtype,
+            cache_dtype=cfg.cache_dtype,
         )
         manifest = self.manifest or new
         self._require_same(manifest, {"weights": weights, "text_sha256": store.text_sha256})
@@ -128,11 +129,11 @@ class ActivationCache:
         shards = ActivationShards(
             self.folder, manifest, passes_per_shard(manifest, layout.pass_tokens)
         )
-        n_tokens = layout.tokens_read(cfg.total_training_steps) - shards.n_rows
+        n_tokens = layout.tokens_read(cfg.total_training_steps) - manifest.n_rows
         if n_tokens > 0:
             if manifest.blocks != new.blocks:
                 raise UserError(
-                    f"{self._name}: holds {shards.n_rows:,} tokens of blocks {manifest.blocks}, "
+                    f"{self._name}: holds {manifest.n_rows:,} tokens of blocks {manifest.blocks}, "
                     f"and only a run over the same blocks can write more, not {new.blocks}"
                 )
             require_disk(self.folder, n_tokens * manifest.row_bytes, n_tokens)
@@ -190,10 +191,7 @@ def model_files(cfg: RouteSAERunnerConfig) -> str | None:
     digest = xxhash.xxh3_128()
     suffixes = {".safetensors", ".bin", ".json"}
     for path in sorted(path for path in folder.iterdir() if path.suffix in suffixes):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(2**22):
-                digest.update(block)
+        digest.update(f"{path.name} {file_checksum(path)} ".encode())
     return digest.hexdigest()
 
 

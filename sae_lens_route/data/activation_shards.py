@@ -41,7 +41,7 @@ MANIFEST_FILENAME = "cache.json"
 SHARD_BYTES = 2**28
 """A shard holds as many passes as fit, and at least one."""
 
-Stored = Literal["exact", "int8"]
+CacheDtype = Literal["exact", "int8"]
 """Streams as the model computes them, or a byte per number and a scale per token and block."""
 
 
@@ -67,7 +67,7 @@ class Manifest:
         n_layers: Blocks of the model.
         width: Dimensions of a residual stream.
         dtype: In which the model adds up its streams.
-        stored: How they are stored.
+        cache_dtype: How they are stored.
         shards: In the order of the text.
     """
 
@@ -79,14 +79,19 @@ class Manifest:
     n_layers: int
     width: int
     dtype: str
-    stored: Stored
+    cache_dtype: CacheDtype
     shards: list[Shard] = field(default_factory=list)
+
+    @property
+    def n_rows(self) -> int:
+        """Tokens of the passes that are written."""
+        return sum(sum(shard.rows_of_passes) for shard in self.shards)
 
     @property
     def row_bytes(self) -> int:
         """Bytes that one token takes."""
         numbers = len(self.blocks) * self.width
-        if self.stored == "int8":
+        if self.cache_dtype == "int8":
             return numbers + 4 * len(self.blocks)
         return numbers * DTYPE_MAP[self.dtype].itemsize
 
@@ -140,11 +145,6 @@ class ActivationShards:
         """Passes that can be read, those that are not written yet included."""
         return self._first_passes[-1] + len(self._pending)
 
-    @property
-    def n_rows(self) -> int:
-        """Tokens of the passes that are written."""
-        return sum(sum(shard.rows_of_passes) for shard in self.manifest.shards)
-
     def streams(self, n: int, positions: Sequence[int]) -> list[Float[Tensor, "rows d"]]:
         """The streams of pass `n` at some of the blocks, as views where they are stored exactly.
 
@@ -184,7 +184,7 @@ class ActivationShards:
         path = self._path(len(self.manifest.shards))
         rows_of_passes = [len(rows) for rows in self._pending]
         write_tensors(path, self._stored(torch.cat(self._pending)))
-        self.manifest.shards.append(Shard(rows_of_passes, _checksum(path)))
+        self.manifest.shards.append(Shard(rows_of_passes, file_checksum(path)))
         write_file(self.folder / MANIFEST_FILENAME, as_json(self.manifest))
         self._first_passes.append(self._first_passes[-1] + len(rows_of_passes))
         self._pending.clear()
@@ -213,7 +213,7 @@ class ActivationShards:
         self._lock = file
 
     def _stored(self, rows: Float[Tensor, "rows L d"]) -> dict[str, Tensor]:
-        if self.manifest.stored == "exact":
+        if self.manifest.cache_dtype == "exact":
             return {"streams": rows}
         return dict(zip(("streams", "scales"), quantized(rows), strict=True))
 
@@ -235,7 +235,7 @@ class ActivationShards:
         if i not in self._open:
             path = self._path(i)
             with reading_errors(str(path), SafetensorError):
-                if _checksum(path) != self.manifest.shards[i].xxh3:
+                if file_checksum(path) != self.manifest.shards[i].xxh3:
                     raise UserError(
                         f"{path}: is not the shard that was written (its checksum differs): delete "
                         "the folder and write the cache again"
@@ -275,7 +275,8 @@ def require_disk(folder: Path, n_bytes: int, n_tokens: int) -> None:
         )
 
 
-def _checksum(path: Path) -> str:
+def file_checksum(path: Path) -> str:
+    """XXH3 of a file's content."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(2**22):

@@ -33,7 +33,6 @@ from sae_lens_route.data.reading import Text
 from sae_lens_route.errors import UserError
 from sae_lens_route.evals.evaluate import evaluate
 from sae_lens_route.models.kinds import LanguageModel
-from sae_lens_route.models.load import load_model
 from sae_lens_route.paper.feature_stage import read_features
 from sae_lens_route.paper.figures import write_figures
 from sae_lens_route.paper.held_out import split_held_out
@@ -54,6 +53,7 @@ from sae_lens_route.paper.results import (
 from sae_lens_route.paper.stages import Group, cached, groups_of
 from sae_lens_route.records import as_json
 from sae_lens_route.training.entries import SweepEntry
+from sae_lens_route.training.runner import load_model_of_run
 
 
 def reproduce(
@@ -74,12 +74,7 @@ def reproduce(
     output.mkdir(parents=True, exist_ok=True)
     validation, text = split_held_out(reproduction.eval_dataset)
     if model is None:
-        model = load_model(
-            cfg.model_name,
-            cfg.model_class_name,
-            device=cfg.llm_device or cfg.device,
-            **(cfg.model_from_pretrained_kwargs or {}),
-        )
+        model = load_model_of_run(cfg)
     cfg.resolve(model)
     # SAELens's loss for dead features can act only once a feature has not fired for this long
     cfg.dead_feature_window = min(cfg.dead_feature_window, max(1, cfg.total_training_steps // 4))

@@ -92,9 +92,14 @@ def normalize(x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
 
 def streams_at(x: Float[Tensor, "... L d"], routes: Sequence[int]) -> Float[Tensor, "... R d"]:
     """The streams of some routes, which ascend; a view if they are neighbors."""
-    first, last = routes[0], routes[-1]
-    are_neighbors = last - first + 1 == len(routes)
-    return x[..., first : last + 1, :] if are_neighbors else x[..., list(routes), :]
+    if are_neighbors(routes):
+        return x[..., routes[0] : routes[-1] + 1, :]
+    return x[..., list(routes), :]
+
+
+def are_neighbors(routes: Sequence[int]) -> bool:
+    """Whether routes, which ascend, follow one another."""
+    return routes[-1] - routes[0] + 1 == len(routes)
 
 
 def pick_route(x: Float[Tensor, "... L d"], route: Int[Tensor, ...]) -> Float[Tensor, "... d"]:

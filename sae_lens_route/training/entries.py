@@ -47,6 +47,10 @@ class SweepEntry:
     lr: float | None = None
     label: str = ""
 
+    def __post_init__(self) -> None:
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise UserError(f"lr={self.lr!r}: must be a positive number")
+
     @property
     def is_plain(self) -> bool:
         """Whether the SAE is one of SAELens's, which reads a single block."""
@@ -96,8 +100,6 @@ def _expand(label: str, settings: dict[str, Any], d_in: int) -> dict[str, SweepE
     ):
         raise UserError(f"blocks={blocks!r}: must be a list of blocks")
     lr = settings.pop("lr", None)
-    if lr is not None and not (isinstance(lr, float | int) and 0 < lr < math.inf):
-        raise UserError(f"lr={lr!r}: must be a positive number")
     listed = [name for name in SPARSITY_FIELDS if isinstance(settings.get(name), list)]
     if not listed:
         return {label: SweepEntry(_sae_config(settings, d_in), blocks, lr=lr, label=label)}

@@ -152,13 +152,7 @@ class RouteSAETrainingRunner(LanguageModelSAETrainingRunner):
         require_memory(need, cfg.device, "train_batch_size_tokens", cfg.train_batch_size_tokens)
 
     def _load_model(self) -> LanguageModel:
-        return load_model(
-            self.cfg.model_name,
-            self.cfg.model_class_name,
-            device=self.cfg.llm_device or self.cfg.device,
-            hook_names=self.cfg.hook_names,
-            **(self.cfg.model_from_pretrained_kwargs or {}),
-        )
+        return load_model_of_run(self.cfg)
 
     def _new_sae(self) -> TrainingSAE[Any]:
         if self.cfg.from_pretrained_path is not None:
@@ -374,3 +368,14 @@ class RouteSAETrainingRunner(LanguageModelSAETrainingRunner):
                 if folder is not None and newest_checkpoint(Path(folder)) is not None:
                     logger.warning(f"the run ended early: {resume_hint(Path(folder), is_sweep)}")
                     return
+
+
+def load_model_of_run(cfg: RouteSAERunnerConfig) -> LanguageModel:
+    """The language model that a run names, on the device that it names for it."""
+    return load_model(
+        cfg.model_name,
+        cfg.model_class_name,
+        device=cfg.llm_device or cfg.device,
+        hook_names=cfg.hook_names,
+        **(cfg.model_from_pretrained_kwargs or {}),
+    )

@@ -36,7 +36,7 @@ from sae_lens_route.saes.crosscoder import CrosscoderTrainingConfigMixin
 from sae_lens_route.saes.inference import as_routed, to_inference
 from sae_lens_route.saes.metadata import crosscoder_hook_name, routed_hook_name
 from sae_lens_route.saes.multi_layer import MultiLayerTopKTrainingConfig
-from sae_lens_route.saes.router import normalize, streams_at
+from sae_lens_route.saes.router import are_neighbors, normalize, streams_at
 from sae_lens_route.training.checkpoint import (
     ENTRIES_FILENAME,
     require_new_folder,
@@ -288,8 +288,7 @@ class _Source:
     @property
     def is_view(self) -> bool:
         """Whether no copy is needed: residual streams that are neighbors in the batch."""
-        are_neighbors = self.routes[-1] - self.routes[0] + 1 == len(self.routes)
-        return self.kind != "normalized" and are_neighbors
+        return self.kind != "normalized" and are_neighbors(self.routes)
 
     def view(self, batch: Float[Tensor, "tokens L d"]) -> Float[Tensor, "tokens *L d"]:
         """The entry's part of a batch."""

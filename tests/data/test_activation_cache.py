@@ -1,13 +1,12 @@
 """What a cache depends on, and runs that train on it: the same bits, without a model."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from sae_lens import SAE
+from support.killed import checkpoints_of, killed_at
 from support.small import TINYLLAMA, small_config, tokens_dataset
 from support.sweep import FEW, assert_same_bits, sized_entries, sweep_settings
 
@@ -30,10 +29,6 @@ def config(cache: Path | None, output: Path | None = None, **changes):
 
 def trained(cfg, **options):
     return RouteSAETrainingRunner(cfg, **options).run()
-
-
-def checkpoints_of(folder):
-    return sorted((folder / "checkpoints").glob("*/*"), key=lambda path: int(path.name))
 
 
 @pytest.fixture
@@ -100,9 +95,9 @@ def test_a_sweep_trains_from_the_cache(tmp_path, tinyllama, no_model):
 def test_the_command_writes_what_a_run_reads(tmp_path, tinyllama, no_model):
     plain = trained(config(None))
     shards = write_cache(config(tmp_path / "cache"), tinyllama)
-    assert shards.n_rows >= 16 * 4 * 12
+    assert shards.manifest.n_rows >= 16 * 4 * 12
     again = write_cache(config(tmp_path / "cache"), tinyllama)
-    assert again.n_rows == shards.n_rows
+    assert again.manifest.n_rows == shards.manifest.n_rows
     no_model()
     assert_same_bits(plain, trained(config(tmp_path / "cache")))
 
@@ -121,37 +116,16 @@ def test_a_run_without_a_model_resumes_and_may_change_over(tmp_path, no_model):
         assert_same_bits(whole, trained(cfg))
 
 
-KILLED = """
-import sys
-sys.path.insert(0, sys.argv[2])
-from pathlib import Path
-from sae_lens_route.data import activation_shards
-from test_activation_cache import config, trained
-activation_shards.SHARD_BYTES = 1  # a shard for every pass
-cfg = config(Path(sys.argv[1]) / "cache", Path(sys.argv[1]) / "run", n_checkpoints=5)
-import os, sae_lens_route.training.trainer as trainer
-finish, steps = trainer.RunTrainer.finish_step, []
-def dying(self):
-    finish(self)
-    steps.append(1)
-    if len(steps) == 7:
-        os._exit(9)
-trainer.RunTrainer.finish_step = dying
-trained(cfg)
-"""
-
-
 def test_a_killed_run_loses_no_whole_shard_and_resumes(tmp_path):
-    tests = Path(__file__).parent
-    environment = {"PYTHONPATH": f"{tests.parent}", "PATH": "", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), str(tests)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+    code = (
+        "from sae_lens_route.data import activation_shards\n"
+        "from support.small import small_config\n"
+        "activation_shards.SHARD_BYTES = 1  # a shard for every pass\n"
+        f"options = {{'routed_blocks': {BLOCKS}, 'n_checkpoints': 5}}\n"
+        "cfg = small_config(folder / 'run', cache_activations=str(folder / 'cache'), **options)\n"
+        "module.RouteSAETrainingRunner(cfg).run()"
     )
-    assert process.returncode == 9, process.stderr
+    killed_at(code, tmp_path, 7)
     manifest = read_manifest(tmp_path / "cache")
     assert manifest is not None and len(manifest.shards) >= 7
     resumed = config(tmp_path / "cache", tmp_path / "run", n_checkpoints=5)
@@ -165,7 +139,7 @@ def test_a_killed_run_loses_no_whole_shard_and_resumes(tmp_path):
         ({"context_size": 8, "store_batch_size_prompts": 8}, "context_size=16, this run has 8"),
         ({"seqpos_slice": (1, None)}, "seqpos_slice"),
         ({"exclude_special_tokens": False}, "exclude_special_tokens=True, this run has False"),
-        ({"cache_dtype": "int8"}, "stored='exact', this run has 'int8'"),
+        ({"cache_dtype": "int8"}, "cache_dtype='exact', this run has 'int8'"),
         ({"autocast_lm": True}, "autocast_lm"),
         ({"dataset_path": "demo:heldout"}, "text="),
     ],

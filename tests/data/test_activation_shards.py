@@ -47,7 +47,7 @@ def contents(folder):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_exact_streams_come_back_bit_for_bit(tmp_path, dtype):
     shards = begun(written(tmp_path, dtype=dtype))
-    assert shards.n_passes == len(PASSES) and shards.n_rows == sum(map(len, PASSES))
+    assert shards.n_passes == len(PASSES) and shards.manifest.n_rows == sum(map(len, PASSES))
     for n in (6, 0, 2, 5, 1, 3, 4):  # in any order
         for positions in ([0, 1, 2], [2], [0, 2]):
             expected = PASSES[n].to(getattr(torch, dtype))[:, positions].unbind(1)

@@ -3,16 +3,14 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from sae_lens import LoggingConfig, TrainingSAE
 from sae_lens.training._interruption import InterruptedException
 from safetensors.torch import load_file
+from support.killed import checkpoints_of, killed_at
 from support.small import small_config
 from support.sweep import (
     FEW,
@@ -29,12 +27,7 @@ from sae_lens_route.training.checkpoint import newest_checkpoint, require_new_fo
 from sae_lens_route.training.runner import RouteSAETrainingRunner
 from sae_lens_route.training.sweep import SweepRunner
 
-TESTS = Path(__file__).parents[1]
 LAST_FILE = "activations_store_state.safetensors"
-
-
-def checkpoints_of(folder):
-    return sorted((folder / "checkpoints").glob("*/*"), key=lambda path: int(path.name))
 
 
 def interrupted_at(runner, step):
@@ -50,32 +43,6 @@ def interrupted_at(runner, step):
     runner.activations_store._dataloader = loader()
     with pytest.raises(InterruptedException):
         runner.run()
-
-
-def killed_at(code, folder, *steps):
-    """Run a program that kills itself with SIGKILL while the batch of a step is being made."""
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-    for step in steps:
-        whole = f"{PRELUDE}{code}"
-        command = [sys.executable, "-c", whole, str(folder), str(step)]
-        assert subprocess.run(command, env=environment, capture_output=True).returncode == -9
-
-
-PRELUDE = """
-import os, signal, sys, torch
-from pathlib import Path
-import sae_lens_route.training.runner as module
-torch.set_num_threads(1)
-folder, last = Path(sys.argv[1]), int(sys.argv[2])
-batches = module.RouteSAETrainingRunner._stream
-def dying(self):
-    for n, batch in enumerate(batches(self)):
-        if n == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield batch
-module.RouteSAETrainingRunner._stream = dying
-resume = str(folder) if (folder / "latest").exists() else None
-"""
 
 
 # --- one SAE -------------------------------------------------------------------------------------

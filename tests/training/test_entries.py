@@ -37,7 +37,7 @@ def test_entries_are_labeled_by_their_run():
         ({"blocks": 3, "d_sae": 8}, r"run 'x' .*blocks=3: must be a list"),
         ({"d_in": 3}, r"run 'x' .*d_in=3: is filled in; leave it out"),
         ({"n_routed_layers": 3}, r"run 'x' .*n_routed_layers=3: is filled in"),
-        ({"lr": -1, "d_sae": 8}, r"run 'x' .*lr=-1: must be a positive number"),
+        ({"lr": -1.0, "k": 3, "d_sae": 8}, r"run 'x' .*lr=-1.0: must be a positive number"),
         ({"k": 9, "d_sae": 8}, r"run 'x' .*k=9: must be between 1 and d_sae=8"),
         ({"k": [], "d_sae": 8}, r"run 'x' .*k=\[\]: give at least one value"),
         ({"k": [3, 3], "d_sae": 8}, r"run 'x' .*k=\[3, 3\]: give at least one value, each once"),
